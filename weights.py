@@ -1,0 +1,163 @@
+"""Weights of others: reading our checkpoints, the reference layout, Hugging Face's and timm's; writing Hugging Face's.
+
+Beside model.py, not in it, so that the model stays readable in one sitting. Inside this project everything has the reference's names.
+"""
+
+import argparse
+import json
+import os
+import re
+
+import torch
+import torch.nn as nn
+from einops import repeat
+
+from model import SIZES, VideoClassifier, VideoMAE
+
+HF_NAMES = [(r"^videomae\.embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+            (r"^videomae\.encoder\.layer\.", "blocks."), (r"^videomae\.layernorm\.", "norm."),
+            (r"^decoder\.decoder_layers\.", "decoder.blocks."), (r"^classifier\.", "head."),
+            (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."),
+            (r"\.attention\.output\.dense\.", ".attn.proj."), (r"\.attention\.attention\.", ".attn."),
+            (r"\.attn\.query\.bias$", ".attn.q_bias"), (r"\.attn\.value\.bias$", ".attn.v_bias"),
+            (r"\.intermediate\.dense\.", ".mlp.fc1."), (r"\.output\.dense\.", ".mlp.fc2.")]
+
+
+def to_reference(state: dict) -> dict:
+    """A state dict in our, the reference's, Hugging Face's or timm's layout -> reference names without "encoder.", float32."""
+    out = {}
+    for name, x in state.items():
+        if name.startswith(("videomae.", "decoder.decoder_layers.", "classifier.")):
+            for pattern, new in HF_NAMES:
+                name = re.sub(pattern, new, name)
+        out[name.removeprefix("module.").removeprefix("encoder.")] = x.float()
+    for name in [k for k in out if k.endswith(".query.weight")]:
+        stem = name.removesuffix("query.weight")
+        out[stem + "qkv.weight"] = torch.cat([out.pop(f"{stem}{p}.weight") for p in ("query", "key", "value")])
+    for name in [k for k in out if k.endswith(".qkv.bias")]:  # timm: the k bias cancels in the softmax
+        q, _, v = out.pop(name).chunk(3)
+        out[name.replace("qkv.bias", "q_bias")], out[name.replace("qkv.bias", "v_bias")] = q, v
+    return out
+
+
+def read_weights(path: str) -> tuple[dict, list | None]:
+    """-> state dict in reference names, and the token grid its positions were made for (None: images). ValueError names the file."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    if os.path.isdir(path):
+        found = [f for f in ("model.safetensors", "pytorch_model.bin") if os.path.exists(os.path.join(path, f))]
+        if not found:
+            raise ValueError(f"{path}: holds neither model.safetensors nor pytorch_model.bin")
+        path = os.path.join(path, found[0])
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: no such file")
+    config = {}
+    if path.endswith(".safetensors"):
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ValueError(f"{path}: reading .safetensors needs `pip install safetensors`") from None
+        state = load_file(path)
+    else:
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # released files pickle their arguments
+                state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:  # torch raises whatever the broken bytes lead to
+            raise ValueError(f"{path}: not a checkpoint that torch loads with weights_only=True ({e})") from None
+        config = state.get("config") or {}
+        for key in ("model", "module", "state_dict"):
+            state = state[key] if isinstance(state.get(key), dict) else state
+    grid = config.get("pos_grid", (8, 14, 14))  # released files: 16 x 224 x 224
+    if any(k.startswith("videomae.") for k in state) and os.path.exists(os.path.join(folder, "config.json")):
+        c = json.load(open(os.path.join(folder, "config.json")))
+        c = dict(num_frames=16, tubelet_size=2, image_size=224, patch_size=16) | c
+        side = c["image_size"] // c["patch_size"]
+        grid = (c["num_frames"] // c["tubelet_size"], side, side)
+    state = to_reference({k: v for k, v in state.items() if isinstance(v, torch.Tensor)})
+    return state, None if "pos_embed" in state else list(grid)
+
+
+def load_pretrained(model: nn.Module, path: str, verbose: bool = True) -> dict:
+    """Loads a file (or Hugging Face folder) of any known layout into a VideoMAE or VideoClassifier of any T, H, W.
+
+    Position tables are resized from the file's token grid, image patch embeddings repeated over the tubelet and divided by
+    its length; nothing else is changed. Returns {"loaded": [names], "skipped": {name: why}, "new": {name: why}} and prints it.
+    ValueError names the parameter and both shapes where they differ, except for heads, which are skipped and start new.
+    """
+    source, grid = read_weights(path)
+    want, classifier = model.state_dict(), isinstance(model, VideoClassifier)
+    if not classifier:
+        source = {f"encoder.{k}" if k.startswith(("patch_embed.", "blocks.", "norm.")) else k: v for k, v in source.items()}
+        if "encoder.norm.weight" in want and "encoder.norm.weight" not in source and "mask_token" in source:
+            model.encoder.norm, model.config["encoder_norm"] = nn.Identity(), False  # HF files made with use_mean_pooling
+            want = model.state_dict()
+    report = dict(loaded=[], skipped={}, new={})
+    for name, x in source.items():
+        if name not in want:
+            report["skipped"][name] = "no such parameter in this model"
+            continue
+        y = want[name]
+        if name.endswith("patch_embed.proj.weight"):
+            x = x[:, :, None] if x.ndim == 4 else x  # (D, 3, p, p) of an image ViT
+            if x.shape[2] == 1 and y.shape[2] > 1:
+                x = repeat(x, "d c 1 h w -> d c t h w", t=y.shape[2]) / y.shape[2]  # I3D mean
+        if x.shape == y.shape:
+            y.copy_(x)  # state_dict() shares storage with the model
+            report["loaded"].append(name)
+        elif "head." in name:
+            report["skipped"][name] = f"{tuple(x.shape)} in the file, {tuple(y.shape)} in this model"
+        else:
+            raise ValueError(f"{path}: {name} is {tuple(x.shape)} in the file, {tuple(y.shape)} in this model: other size, "
+                             "patch_size or tubelet_size?")
+    if not report["loaded"]:
+        raise ValueError(f"{path}: no parameter fits; it holds {list(source)[:3]}..., the model wants {list(want)[:3]}...")
+    report["new"] = {k: report["skipped"].get(k, "not in the file") for k in want if k not in report["loaded"]}
+    if grid:
+        model.set_positions(grid)
+    if verbose:
+        print(f"{path}: {len(report['loaded'])} tensors loaded; positions made for token grid {grid or 'of images, not used'}, "
+              f"model has {model.grid}")
+        for what in ("skipped", "new"):
+            stems = {}
+            for k, why in report[what].items():  # one line per part and reason
+                stems.setdefault((k.split(".")[0], why), []).append(k)
+            for (stem, why), names in stems.items():
+                print(f"  {what}: {names[0] if len(names) == 1 else f'{stem}.* ({len(names)})'}: {why}")
+    return report
+
+
+def to_hf(model: nn.Module) -> tuple[dict, dict]:
+    """-> (state dict, config.json as a dict) of transformers' VideoMAEForPreTraining or VideoMAEForVideoClassification.
+
+    transformers fixes eps 1e-5 in decoder.norm and fc_norm where this model has 1e-6: outputs agree to about 1e-4, not exactly.
+    """
+    c, s, pretrain = model.config, SIZES[model.config["size"]], isinstance(model, VideoMAE)
+    if pretrain and model.target != "clip" or c["pos_grid"] != list(model.grid):
+        raise ValueError(f"transformers' VideoMAE knows target=clip and positions of its own grid only (here "
+                         f"{c.get('target')}, {c['pos_grid']} resized to {model.grid})")
+    state = {}
+    for name, x in model.state_dict().items():
+        name = name.removeprefix("encoder.")
+        for old, new in ((r"^decoder\.blocks\.", "decoder.decoder_layers."), (r"^blocks\.", "videomae.encoder.layer."),
+                         (r"^norm\.", "videomae.layernorm."), (r"^head\.", "classifier."),
+                         (r"^patch_embed\.proj\.", "videomae.embeddings.patch_embeddings.projection."),
+                         (r"\.norm1\.", ".layernorm_before."), (r"\.norm2\.", ".layernorm_after."),
+                         (r"\.mlp\.fc1\.", ".intermediate.dense."), (r"\.mlp\.fc2\.", ".output.dense."),
+                         (r"\.attn\.proj\.", ".attention.output.dense."), (r"\.attn\.", ".attention.attention.")):
+            name = re.sub(old, new, name)
+        if name.endswith(".qkv.weight"):
+            for part, w in zip(("query", "key", "value"), x.chunk(3)):
+                state[name.replace("qkv", part)] = w.clone()
+        else:
+            state[name] = x.clone()
+    H, W = c["img_size"]
+    config = dict(model_type="videomae", architectures=["VideoMAEForPreTraining" if pretrain else "VideoMAEForVideoClassification"],
+                  image_size=H if H == W else [H, W], patch_size=c["patch_size"], num_frames=c["num_frames"],
+                  tubelet_size=c["tubelet_size"], hidden_size=s["width"], num_hidden_layers=s["depth"],
+                  num_attention_heads=s["heads"], intermediate_size=4 * s["width"], layer_norm_eps=1e-6,
+                  use_mean_pooling=not (pretrain and c["encoder_norm"]))
+    if pretrain:
+        config |= dict(decoder_hidden_size=s["dec_width"], decoder_num_hidden_layers=c["dec_depth"], decoder_num_attention_heads=s["dec_heads"],
+                       decoder_intermediate_size=4 * s["dec_width"], norm_pix_loss=c["norm_pix_loss"])
+    else:
+        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(c["num_classes"])}
+    return state, config
