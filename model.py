@@ -258,6 +258,19 @@ class VideoMAE(nn.Module):
         self.encoder.set_positions(pos_grid)
         self.dec_pos = position_table(self.grid, self.mask_token.shape[2], pos_grid).to(self.dec_pos.device)
 
+    def select(self, mask, decoder_mask=None, num_visible=None, num_decoded=None):
+        """-> ids of visible tokens (B, N_vis), of decoded ones (B, M), and which of these (B, M) count in the loss (None: all)."""
+        visible, ids = split(mask, num_visible)
+        if self.target == "center":  # the slot of that frame; its visible positions are decoded too, but do not count
+            hw = self.grid[1] * self.grid[2]
+            first = self.config["num_frames"] // 2 // self.cube[0] * hw
+            ids = torch.arange(first, first + hw, device=mask.device).expand(len(mask), -1)
+        elif decoder_mask is not None:
+            ids, _ = split(decoder_mask, num_decoded)
+        else:
+            return visible, ids, None
+        return visible, ids, mask.gather(1, ids)
+
     def targets(self, video, ids):
         """(B, T, H, W, C), ids (B, M) -> (B, M, P) float32: what the decoder should say at these tokens."""
         if self.target == "center":
@@ -274,15 +287,7 @@ class VideoMAE(nn.Module):
         True = not decoded (VideoMAE v2); the loss covers decoded positions that the encoder did not see. The two numbers
         are counted from the masks when not given, which waits for the device.
         """
-        visible, ids = split(mask, num_visible)  # (B, N_vis), (B, M)
-        counts = None  # which decoded tokens count in the loss; None: all
-        if self.target == "center":  # the slot of that frame; its visible positions are decoded too, but do not count
-            slot, hw = video.shape[1] // 2 // self.cube[0], self.grid[1] * self.grid[2]
-            ids = torch.arange(slot * hw, (slot + 1) * hw, device=mask.device).expand(len(mask), -1)
-        elif decoder_mask is not None:
-            ids, _ = split(decoder_mask, num_decoded)
-        if self.target == "center" or decoder_mask is not None:
-            counts = mask.gather(1, ids)  # (B, M)
+        visible, ids, counts = self.select(mask, decoder_mask, num_visible, num_decoded)
         x = self.encoder(video[:, ::2] if self.target == "dense" else video, visible)  # (B, N_vis, D)
         x = self.encoder_to_decoder(self.encoder.norm(x))  # (B, N_vis, d)
         x = torch.cat([x + self.dec_pos[visible].to(x.dtype), (self.mask_token + self.dec_pos[ids]).to(x.dtype)], 1)

@@ -1,0 +1,623 @@
+"""Videos in, uint8 clips out: lists and folders, decoding with PyAV, clip samplers, crops, the toy videos, writing pictures.
+
+    python data.py index ucf101 trainlist01.txt UCF-101/ ucf_train.tsv     # a public layout -> a list file
+    python data.py check ucf_train.tsv                                     # which files cannot be read, and why
+    python data.py toy                                                     # write the toy videos to toy/
+
+A clip is (T, H, W, C) uint8. A frame index counts presented frames from 0. What is drawn for a sample depends on
+(seed, epoch, index) alone, never on the number of workers.
+"""
+
+import argparse
+import bisect
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from collections import OrderedDict
+from fractions import Fraction
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+VIDEO_EXT = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".m4v", ".wmv", ".flv", ".3gp", ".ts", ".ogv", ".gif")
+IMAGE_EXT = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+KEEP_PACKETS = 64 << 20  # files up to this size (bytes) are read into memory once; longer movies are sought in
+
+
+class VideoError(ValueError):
+    """A video that cannot be read; the message names the file and says why."""
+
+
+# ---- lists and folders ----
+
+def parse_row(row: str, where: str) -> tuple[str, str | None]:
+    """A list row -> (path, label or None). Separator: a tab, a comma or the last space; paths may hold spaces and commas."""
+    is_media = lambda p: p.strip().strip('"').lower().endswith(VIDEO_EXT + IMAGE_EXT)
+    clean = lambda p: p.strip().strip('"')
+    if is_media(row):
+        return clean(row), None
+    splits = [row.rsplit(sep, 1) for sep in ("\t", ",", " ") if sep in row]
+    known = [s for s in splits if is_media(s[0])] or splits  # the path's ending tells which separator is meant
+    if not known:
+        raise ValueError(f"{where}: {row!r}: expected `path`, or `path label` with a tab, a comma or a space between")
+    path, label = known[0]
+    return clean(path), clean(label) or None
+
+
+def read_videos(source: str, data_root: str = "") -> tuple[list[str], list[str | None]]:
+    """A list file, a folder of class folders, or a flat folder -> paths, and labels as written (None where there are none)."""
+    if os.path.isdir(source):
+        rows = []
+        for folder, subfolders, files in os.walk(source, followlinks=True):
+            subfolders.sort()
+            inside = os.path.relpath(folder, source).split(os.sep)[0]  # class = first folder below the source
+            label = None if inside == "." else inside
+            rows += [(os.path.join(folder, f), label) for f in sorted(files) if f.lower().endswith(VIDEO_EXT + IMAGE_EXT)]
+        if not rows:
+            raise ValueError(f"{source}: no videos in this folder; known endings: {' '.join(VIDEO_EXT + IMAGE_EXT)}")
+    elif os.path.isfile(source):
+        try:
+            lines = open(source, encoding="utf-8-sig").read().splitlines()
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{source}: not a text file ({e}); expected a list with a row `path label` per video") from None
+        rows = [parse_row(line, f"{source} row {i}") for i, line in enumerate(lines, 1)
+                if line.strip() and not line.startswith("#")]
+        rows = [(os.path.join(data_root, path), label) for path, label in rows]
+        if not rows:
+            raise ValueError(f"{source}: an empty list")
+        first = [path for path, _ in rows[:20]]
+        if not any(os.path.exists(p) for p in first):
+            raise ValueError(f"{source}: none of the first {len(first)} files exists, the first is {first[0]!r}; "
+                             "relative paths start at --data_root, or else at the current folder")
+    else:
+        raise ValueError(f"{source}: no such file or folder; expected a list file, a folder of videos, or the word toy")
+    return [path for path, _ in rows], [label for _, label in rows]
+
+
+# ---- decoding ----
+
+INDEX_CACHE: OrderedDict = OrderedDict()  # of the long files only: reading all their packets again takes seconds
+
+
+class VideoReader:
+    """Random access to the frames of a video file, in presentation order; a context manager.
+
+    All packets are read (not decoded) once: their time stamps give the number of frames and where each key frame is, with
+    no trust in the container's own count, duration or frame rate. `frames` then decodes from the last key frame before the
+    wanted frames to the last of them, and leaves out frames that are neither wanted nor needed by others.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        try:
+            self.container = av.open(path, metadata_errors="ignore")
+        except (av.FFmpegError, OSError, ValueError) as e:
+            raise VideoError(f"{path}: cannot be opened ({getattr(e, 'strerror', None) or e})") from None
+        try:
+            streams = [s for s in self.container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+            if not streams:
+                raise VideoError(f"{path}: has no video stream")
+            self.stream, self.codec = streams[0], streams[0].codec_context
+            if self.codec is None:
+                raise VideoError(f"{path}: no decoder for its video codec")
+            self.codec.thread_count = 1  # a worker has one core
+            self.codec.thread_type = "NONE"
+            self.to_rgb = av.video.reformatter.VideoReformatter()
+            self.read_index()
+        except VideoError:
+            self.container.close()
+            raise
+        except (av.FFmpegError, OSError, ValueError) as e:
+            self.container.close()
+            raise VideoError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.packets = None
+        self.container.close()
+
+    def __len__(self):
+        return len(self.order)
+
+    def read_index(self):
+        """Sets pts (by packet), keys ((pts, packet) of key frames), order (frame index -> packet) and times (seconds)."""
+        size = self.container.size or 0
+        self.packets, self.counted = [], False
+        stamp = (self.path, size, os.path.getmtime(self.path)) if size > KEEP_PACKETS else None
+        if stamp in INDEX_CACHE:
+            self.packets = None
+            self.pts, self.keys, self.order, self.counted, self.times = INDEX_CACHE[stamp]
+            return
+        self.pts, shown, keys = [], [], []
+        for packet in self.demux():
+            i = len(self.pts)
+            self.pts.append(packet.pts)
+            if packet.is_keyframe:
+                keys.append((packet.pts, i))
+            hidden = self.codec.name in ("vp8", "libvpx") and not bytes(packet)[0] & 0x10  # VP8's alternate references
+            if not packet.is_discard and not hidden and keys:
+                shown.append(i)
+            if stamp is None:
+                self.packets.append(packet)
+        if not self.pts:
+            raise VideoError(f"{self.path}: holds no video packets")
+        stamps = [self.pts[i] for i in shown]
+        # AVI stores decoding order only: with B-frames its time stamps are not those of the pictures
+        guessed = self.container.format.name == "avi" and self.codec.has_b_frames
+        if None in stamps or len(set(stamps)) < len(stamps) or not keys or guessed:
+            self.count_frames()
+        else:
+            self.keys = sorted(keys)
+            # pictures shown before the first key frame refer to frames that the file does not have
+            self.order = sorted((i for i in shown if self.pts[i] >= self.keys[0][0]), key=self.pts.__getitem__)
+            base = float(self.stream.time_base or Fraction(1))
+            self.times = np.array([self.pts[i] for i in self.order], float) * base
+        if not len(self.order):
+            raise VideoError(f"{self.path}: holds no frame that can be decoded")
+        if stamp:
+            self.packets = None
+            INDEX_CACHE[stamp] = self.pts, self.keys, self.order, self.counted, self.times
+            while len(INDEX_CACHE) > 256:
+                INDEX_CACHE.popitem(last=False)
+
+    def demux(self):
+        try:
+            yield from (p for p in self.container.demux(self.stream) if p.size)
+        except av.EOFError:  # some demuxers raise it where the file was cut off
+            return
+
+    def count_frames(self):
+        """For files whose packets have no usable time stamps: the frames are counted by decoding them all."""
+        self.counted, self.keys, self.times = True, [], []
+        rate = float(self.stream.average_rate or self.stream.guessed_rate or 25)
+        try:
+            for frame in self.decode(self.read(0, len(self.pts))):
+                self.times.append(len(self.times) / rate if frame.time is None else frame.time)
+        except av.FFmpegError as e:
+            raise VideoError(f"{self.path}: damaged after frame {len(self.times)} ({e.strerror})") from None
+        self.times = np.array(self.times)
+        if np.any(np.diff(self.times) <= 0):
+            self.times = np.arange(len(self.times)) / rate
+        self.order = range(len(self.times))
+
+    def read(self, start: int, stop: int):
+        """Yields packets start..stop-1 in decoding order, with their numbers."""
+        if self.packets:
+            yield from zip(range(start, stop), self.packets[start:stop])
+            return
+        i = 0
+        if start and self.pts[start] is not None:
+            self.container.seek(self.pts[start], stream=self.stream)
+            i = None
+        else:
+            self.container.seek(0)
+        for packet in self.demux():
+            if i is None:  # where the seek has landed
+                i = self.pts.index(packet.pts)
+                if i > start:  # too late: some containers seek badly
+                    self.container.seek(0)
+                    yield from ((j, p) for j, p in enumerate(self.demux()) if start <= j < stop)
+                    return
+            if i >= stop:
+                return
+            if i >= start:
+                yield i, packet
+            i += 1
+
+    def decode(self, numbered, wanted=None):
+        """Decodes (number, packet) pairs and drains the decoder; frames that nobody wants or refers to are not decoded."""
+        self.codec.flush_buffers()
+        skip = "DEFAULT"
+        self.codec.skip_frame = skip
+        for _, packet in numbered:
+            now = "DEFAULT" if wanted is None or packet.pts in wanted else "NONREF"
+            if now != skip:
+                self.codec.skip_frame = skip = now
+            yield from self.codec.decode(packet)
+        yield from self.codec.decode(None)
+
+    def frames(self, indices) -> np.ndarray:
+        """Frame indices (any order, repeats allowed) -> (n, H, W, 3) uint8 RGB, upright. VideoError names a frame that fails."""
+        indices = [int(i) for i in indices]
+        if min(indices) < 0 or max(indices) >= len(self):
+            raise VideoError(f"{self.path}: frames {min(indices)}..{max(indices)} wanted, it has {len(self)}")
+        found = {}
+        try:
+            if self.counted:
+                frames = self.decode(self.read(0, len(self.pts)))
+                for i, frame in zip(range(max(indices) + 1), frames):
+                    if i in indices:
+                        found[i] = self.convert(frame)
+            else:
+                by_key = {}  # key frame -> wanted frames that are decoded from it
+                for i in sorted(set(indices)):
+                    key = self.keys[bisect.bisect_right(self.keys, (self.pts[self.order[i]], len(self.pts))) - 1][1]
+                    by_key.setdefault(key, []).append(i)
+                for key, some in by_key.items():
+                    wanted = {self.pts[self.order[i]]: i for i in some}
+                    last = max(self.order[i] for i in some)
+                    for frame in self.decode(self.read(key, last + 1), wanted):
+                        if frame.pts in wanted:
+                            i = wanted[frame.pts]
+                            if frame.is_corrupt:
+                                raise VideoError(f"{self.path}: frame {i} of {len(self)} is damaged")
+                            found[i] = self.convert(frame)
+        except (av.FFmpegError, OSError) as e:
+            done = max(found, default=-1)
+            raise VideoError(f"{self.path}: damaged after frame {done} of {len(self)} ({e.strerror or e})") from None
+        missing = [i for i in indices if i not in found]
+        if missing:
+            raise VideoError(f"{self.path}: frame {missing[0]} of {len(self)} gives no picture")
+        if len({x.shape for x in found.values()}) > 1:  # a stream that changes its size: all as the first
+            h, w = found[min(found)].shape[:2]
+            found = {i: resize(torch.from_numpy(x)[None], h, w)[0].numpy() for i, x in found.items()}
+        return np.stack([found[i] for i in indices])
+
+    def convert(self, frame) -> np.ndarray:
+        """A decoded frame -> (H, W, 3) uint8 RGB, turned upright as players do."""
+        rgb = self.to_rgb.reformat(frame, format="rgb24").to_ndarray()
+        return np.rot90(rgb, frame.rotation // 90) if frame.rotation % 360 else rgb
+
+
+# ---- which frames ----
+
+def sample_dense(rng, n: int, num_frames: int, stride: int) -> np.ndarray:
+    """Pre-training (section 5 of the paper's code): num_frames indices, `stride` apart, start uniform in [0, n - num_frames*stride].
+
+    A shorter video starts at 0 and repeats its last usable frame.
+    """
+    start = rng.integers(max(n - num_frames * stride, 0) + 1)
+    i = start + stride * np.arange(num_frames)
+    return np.minimum(i, start + (n - 1 - start) // stride * stride)
+
+
+def sample_sparse(rng, n: int, num_frames: int) -> np.ndarray:
+    """TSN sampling (SSv2): num_frames equal segments of the video, one random frame of each."""
+    edges = np.linspace(0, n, num_frames + 1)
+    return np.minimum((edges[:-1] + rng.random(num_frames) * (edges[1:] - edges[:-1])).astype(int), n - 1)
+
+
+def sample_by_time(rng, times: np.ndarray, num_frames: int, fps: float) -> np.ndarray:
+    """num_frames indices 1/fps seconds apart, whatever the file's rate: the nearest frames; a short video repeats its last."""
+    span = num_frames / fps
+    start = times[0] + rng.random() * max(times[-1] - times[0] - span, 0)
+    t = start + np.arange(num_frames) / fps
+    right = np.clip(np.searchsorted(times, t), 1, max(len(times) - 1, 1))
+    if len(times) == 1:
+        return np.zeros(num_frames, int)
+    return np.where(t - times[right - 1] <= times[right] - t, right - 1, right)
+
+
+# ---- crops ----
+
+def resize(clip: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """(T, H, W, C) uint8 -> (T, height, width, C) uint8, antialiased bilinear (as PIL does)."""
+    if clip.shape[1:3] == (height, width):
+        return clip
+    x = F.interpolate(clip.permute(0, 3, 1, 2), size=(height, width), mode="bilinear", antialias=True)
+    return x.permute(0, 2, 3, 1)
+
+
+def multi_scale_crop(rng, height: int, width: int, scales=(1, 0.875, 0.75, 0.66)) -> tuple[int, int, int, int]:
+    """-> (top, left, h, w): sides int(short side * scale), scale indices at most 1 apart, at one of 13 fixed anchors."""
+    sides = [int(min(height, width) * s) for s in scales]
+    pairs = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
+    h, w = pairs[rng.integers(len(pairs))]
+    # corners, centre, edge midpoints, quarter points, in quarters of the free space
+    anchors = [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2), (1, 1), (1, 3), (3, 1), (3, 3)]
+    y, x = anchors[rng.integers(len(anchors))]
+    return y * ((height - h) // 4), x * ((width - w) // 4), h, w
+
+
+def crop_resize(clip: np.ndarray, box: tuple, height: int, width: int) -> torch.Tensor:
+    """(T, H, W, C) uint8 and (top, left, h, w) -> (T, height, width, C) uint8."""
+    top, left, h, w = box
+    return resize(torch.from_numpy(np.ascontiguousarray(clip[:, top:top + h, left:left + w])), height, width).contiguous()
+
+
+# ---- what training draws ----
+
+class PretrainClips(torch.utils.data.Dataset):
+    """(epoch, index) -> (clips, bad): clips (repeat_aug, T, H, W, C) uint8, bad the list of (path, reason) that failed on the way.
+
+    A video that cannot be read is reported and another, drawn from (seed, epoch, index), takes its place; after ten such in a
+    row clips is None. With repeat_aug
+    several clips, each with its own start and crop, come from one pass of decoding. stride counts frames; fps, when given, samples
+    by time instead; sampling "sparse" takes one frame of each of T equal segments.
+    """
+
+    def __init__(self, paths, num_frames=16, size=(224, 224), stride=4, fps=None, sampling="dense", repeat_aug=1,
+                 crop_scales=(1, 0.875, 0.75, 0.66), flip=False, seed=0):
+        self.paths, self.num_frames, self.size, self.stride, self.fps = paths, num_frames, size, stride, fps
+        self.sampling, self.repeat_aug, self.crop_scales, self.flip, self.seed = sampling, repeat_aug, crop_scales, flip, seed
+
+    def __len__(self):
+        return len(self.paths)
+
+    def load(self, path: str, rng) -> torch.Tensor:
+        """-> (repeat_aug, T, H, W, C) uint8; VideoError when the file cannot be read."""
+        with VideoReader(path) as video:
+            if self.sampling == "sparse":
+                indices = [sample_sparse(rng, len(video), self.num_frames) for _ in range(self.repeat_aug)]
+            elif self.fps:
+                indices = [sample_by_time(rng, video.times, self.num_frames, self.fps) for _ in range(self.repeat_aug)]
+            else:
+                indices = [sample_dense(rng, len(video), self.num_frames, self.stride) for _ in range(self.repeat_aug)]
+            frames = video.frames(np.concatenate(indices))
+        clips = []
+        for clip in np.split(frames, self.repeat_aug):
+            clip = crop_resize(clip, multi_scale_crop(rng, *clip.shape[1:3], self.crop_scales), *self.size)
+            clips.append(clip.flip(2) if self.flip and rng.random() < 0.5 else clip)
+        return torch.stack(clips)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        bad = []
+        for attempt in range(10):
+            rng = np.random.default_rng([self.seed, epoch, index, attempt])
+            path = self.paths[index if attempt == 0 else rng.integers(len(self))]
+            try:
+                return self.load(path, rng), bad
+            except VideoError as e:
+                bad.append((path, str(e)))
+        return None, bad
+
+
+def collate(samples: list) -> tuple[torch.Tensor | None, list]:
+    """[(clips, bad), ...] -> (B*repeat_aug, T, H, W, C) uint8 (None if a sample has none), and all that was bad."""
+    clips = [clips for clips, _ in samples]
+    return None if any(c is None for c in clips) else torch.cat(clips), [b for _, bad in samples for b in bad]
+
+
+class Batches:
+    """Batch sampler without end-of-epoch gaps: the permutations of all epochs one after the other, cut into batches.
+
+    Position p of that stream is sample (epoch, index) = (p // n, permutation(seed, epoch)[p % n]). Step s takes `accum` * `world`
+    batches; this rank's are yielded in order. So 1 rank x 2B, 2 ranks x B and 2 accumulated x B see the same samples, sets smaller
+    than a batch work, and a resumed run starts at any step.
+    """
+
+    def __init__(self, n: int, batch_size: int, accum: int, rank: int, world: int, first_step: int, last_step: int, seed: int):
+        self.n, self.batch_size, self.accum, self.rank, self.world = n, batch_size, accum, rank, world
+        self.first_step, self.last_step, self.seed = first_step, last_step, seed
+
+    def __len__(self):
+        return (self.last_step - self.first_step) * self.accum
+
+    def __iter__(self):
+        orders = {}
+        for micro in range(self.first_step * self.accum, self.last_step * self.accum):
+            start = (micro * self.world + self.rank) * self.batch_size
+            batch = []
+            for p in range(start, start + self.batch_size):
+                epoch, i = divmod(p, self.n)
+                if epoch not in orders:
+                    orders = {e: o for e, o in orders.items() if e >= epoch - 1}
+                    orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.n)
+                batch.append((epoch, int(orders[epoch][i])))
+            yield batch
+
+
+# ---- pictures out ----
+
+# 3x5 pixels a glyph, a row an octal digit: for labels in pictures, with no font library
+FONT = dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-:_/%()+=,", (
+    "25755 65656 34443 65556 74647 74644 34553 55755 72227 11152 55655 44447 57755 65555 25552 65644 25563 65655 34216 72222 "
+    "55557 55552 55775 55255 55222 71247 75557 26227 71747 71717 55711 74717 74757 71122 75757 75717 00002 00700 02020 00007 "
+    "11244 51245 12221 42224 02720 07070 00024").split()))
+
+
+def draw_text(image: np.ndarray, text: str, y: int, x: int, scale: int = 1, color=(0, 0, 0)):
+    """Writes text into an (H, W, 3) uint8 image in place, glyphs 4*scale wide and 5*scale high; what lies outside is cut off."""
+    for k, char in enumerate(text.upper()):
+        rows = [[int(d) >> b & 1 for b in (2, 1, 0)] for d in FONT.get(char, "00000")]
+        glyph = np.kron(np.array(rows, bool), np.ones((scale, scale), bool))
+        place = image[y:y + 5 * scale, x + 4 * scale * k:x + 4 * scale * k + 3 * scale]
+        place[glyph[:place.shape[0], :place.shape[1]]] = color
+
+
+def write_png(path: str, image: np.ndarray):
+    """(H, W, 3) uint8 -> a PNG file."""
+    codec = av.CodecContext.create("png", "w")
+    codec.height, codec.width, codec.pix_fmt, codec.time_base = *image.shape[:2], "rgb24", Fraction(1)
+    packets = codec.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")) + codec.encode(None)
+    with open(path, "wb") as f:
+        f.write(b"".join(bytes(p) for p in packets))
+
+
+def write_video(path: str, frames: np.ndarray, fps: int = 25, crf: int = 18, **options):
+    """(T, H, W, 3) uint8 with even H and W -> an H.264 file. options go to x264 as they are (gop is `g`, B-frames `bf`)."""
+    with av.open(path, "w") as out:
+        stream = out.add_stream("libx264", rate=fps)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": str(crf), "threads": "1"} | {k: str(v) for k, v in options.items()}
+        for frame in frames:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")))
+        out.mux(stream.encode(None))
+
+
+# ---- the toy videos ----
+
+TOY_CLASSES = ("right", "down_right", "down", "down_left", "left", "up_left", "up", "up_right")
+TOY_TRAIN, TOY_VAL, TOY_FRAMES, TOY_SIDE = 640, 160, 32, 48  # videos, videos, frames, pixels
+
+
+def toy_clip(rng, label: int, num_frames: int = TOY_FRAMES, side: int = TOY_SIDE) -> np.ndarray:
+    """(T, side, side, 3) uint8: a random texture that moves in one of 8 directions, the label; no single frame tells which.
+
+    The texture is a sum of three coloured waves of random direction, so that what a masked cube hides follows from the visible
+    ones, the more exactly the better the motion is understood: the evidence for the label lies where the loss is.
+    """
+    wavelength = rng.uniform(0.25, 0.6, 3) * side
+    direction, phase = rng.uniform(0, 2 * np.pi, (2, 3))
+    color = rng.normal(size=(3, 3))
+    color /= np.abs(color).sum(0)
+    angle, speed = label * np.pi / 4, rng.uniform(0.035, 0.055) * side
+    t = np.arange(num_frames)[:, None, None]
+    y, x = np.mgrid[:side, :side]
+    x, y = x - t * speed * np.cos(angle), y - t * speed * np.sin(angle)  # (T, side, side)
+    u = [2 * np.pi / w * (np.cos(d) * x + np.sin(d) * y) + p for w, d, p in zip(wavelength, direction, phase)]
+    return (128 + 100 * np.einsum("ktyx,kc->tyxc", np.cos(u), color)).clip(0, 255).astype(np.uint8)
+
+
+def make_toy(root: str = "toy", log=print):
+    """Writes the toy set to root/train/<class>/ and root/val/<class>/ unless it is there; deterministic, whole or not at all."""
+    if os.path.exists(root):
+        if not os.path.isdir(os.path.join(root, "val")):
+            raise ValueError(f"{root}/ exists but does not hold the toy videos (no {root}/val): move it away")
+        return
+    part = f"{root}.{os.getpid()}.part"
+    log(f"writing {TOY_TRAIN + TOY_VAL} toy videos to {root}/")
+    for split, seed, count in (("train", 0, TOY_TRAIN), ("val", 1, TOY_VAL)):
+        for i in range(count):
+            label = i % len(TOY_CLASSES)
+            folder = os.path.join(part, split, TOY_CLASSES[label])
+            os.makedirs(folder, exist_ok=True)
+            clip = toy_clip(np.random.default_rng([seed, i]), label)
+            write_video(os.path.join(folder, f"{i:04d}.mp4"), clip, g=8, bf=2)
+    try:
+        os.rename(part, root)
+    except OSError:  # another process was faster
+        shutil.rmtree(part)
+
+
+# ---- python data.py index: public layouts -> list files ----
+
+def index_kinetics(annotation: str, videos: str, part: str, split: int):
+    """Kinetics csv (label,youtube_id,time_start,time_end,split): files <id>_<start>_<end>.mp4, in class folders or flat."""
+    import csv
+    with open(annotation, newline="", encoding="utf-8-sig") as f:
+        for i, row in enumerate(csv.DictReader(f), 2):
+            try:
+                name = f"{row['youtube_id']}_{int(float(row['time_start'])):06d}_{int(float(row['time_end'])):06d}"
+            except (KeyError, TypeError, ValueError):
+                raise ValueError(f"{annotation} row {i}: expected columns label,youtube_id,time_start,time_end") from None
+            label = row.get("label") or None
+            yield [os.path.join(videos, d, name) for d in (label or "", (label or "").replace(" ", "_"), "")], label
+
+
+def index_ssv2(annotation: str, videos: str, part: str, split: int):
+    """Something-Something v2 json ([{id, template}]): files <id>.webm; the label is the template without its brackets."""
+    rows = json.load(open(annotation, encoding="utf-8"))
+    for i, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or "id" not in row:
+            raise ValueError(f"{annotation} entry {i}: expected an object with id and template")
+        yield [os.path.join(videos, str(row["id"]))], row.get("template", "").replace("[", "").replace("]", "") or None
+
+
+def index_ucf101(annotation: str, videos: str, part: str, split: int):
+    """UCF101 trainlist0N.txt or testlist0N.txt: rows Class/name.avi [number]; the label is the class."""
+    for i, line in enumerate(open(annotation, encoding="utf-8"), 1):
+        if line.strip():
+            path = line.split(".avi")[0].strip() + ".avi"
+            if "/" not in path:
+                raise ValueError(f"{annotation} row {i}: {line.strip()!r}: expected Class/name.avi")
+            yield [os.path.join(videos, path)], path.split("/")[0]
+
+
+def index_hmdb51(annotation: str, videos: str, part: str, split: int):
+    """HMDB51 folder of <class>_test_split<N>.txt: rows name.avi 1|2|0 (train, test, unused)."""
+    suffix, want = f"_test_split{split}.txt", {"train": "1", "test": "2"}[part]
+    names = sorted(f for f in os.listdir(annotation) if f.endswith(suffix))
+    if not names:
+        raise ValueError(f"{annotation}: no file ends in {suffix}")
+    for name in names:
+        label = name.removesuffix(suffix)
+        for line in open(os.path.join(annotation, name), encoding="utf-8"):
+            if line.strip() and line.split()[-1] == want:
+                yield [os.path.join(videos, label, line.rsplit(maxsplit=1)[0].strip())], label
+
+
+LAYOUTS = {"kinetics": index_kinetics, "ssv2": index_ssv2, "ucf101": index_ucf101, "hmdb51": index_hmdb51}
+
+
+def index_main(args):
+    """Writes a list file of the videos that exist and says which do not."""
+    if not os.path.exists(args.annotation):
+        raise ValueError(f"{args.annotation}: no such file or folder")
+    found, missing = [], []
+    for stems, label in LAYOUTS[args.layout](args.annotation, args.videos, args.part, args.split):
+        paths = [s + ext for s in stems for ext in ("", ".mp4", ".webm", ".mkv", ".avi")]
+        path = next((p for p in paths if os.path.isfile(p)), None)
+        (found if path else missing).append((path or stems[0], label))
+    if not found:
+        raise ValueError(f"none of the {len(missing)} videos of {args.annotation} is in {args.videos}; "
+                         f"the first would be {missing[0][0] if missing else '(the annotation is empty)'}")
+    with open(args.out, "w", encoding="utf-8") as f:
+        f.writelines(f"{path}\t{label}\n" if label else f"{path}\n" for path, label in found)
+    labels = {label for _, label in found if label}
+    print(f"{args.out}: {len(found)} videos, {len(labels)} classes; {len(missing)} of the annotation's are not in {args.videos}"
+          + "".join(f"\n  missing: {path}" for path, _ in missing[:5]) + ("\n  ..." if len(missing) > 5 else ""))
+
+
+# ---- python data.py check ----
+
+def check_file(job: tuple[str, bool]) -> tuple[str, int, str | None]:
+    """(path, decode all?) -> path, number of frames, what is wrong (None: nothing)."""
+    path, full = job
+    try:
+        with VideoReader(path) as video:
+            n = len(video)
+            step = 64  # a long video is not held in memory whole
+            for i in range(0, n, step) if full else (0,):
+                video.frames(range(i, min(i + step, n)) if full else np.linspace(0, n - 1, 3).astype(int))
+            return path, n, None
+    except VideoError as e:
+        return path, 0, str(e)
+
+
+def check_main(args):
+    """Reads every file of a data set in parallel; prints and optionally writes which fail; exit status 1 if any does."""
+    paths, labels = read_videos(args.source, args.data_root)
+    start, bad, total = time.time(), {}, 0
+    with multiprocessing.get_context("spawn").Pool(args.num_workers) as pool:
+        for done, (path, n, wrong) in enumerate(pool.imap_unordered(check_file, [(p, args.full) for p in paths], 4), 1):
+            total += n
+            if wrong:
+                bad[path] = wrong
+                print(f"\r{wrong}")
+            rate = done / (time.time() - start)
+            if sys.stdout.isatty() or done == len(paths) or done % 1000 == 0:
+                print(f"\r{done}/{len(paths)} files, {len(bad)} bad, {rate:.0f} files/s, "
+                      f"{(len(paths) - done) / rate:.0f} s left   ", end="", flush=True)
+    print(f"\n{len(paths) - len(bad)} of {len(paths)} files can be read, {total} frames; "
+          + ("every frame was decoded" if args.full else "first, middle and last frame were decoded (--full: all)"))
+    if args.write_good:
+        with open(args.write_good, "w", encoding="utf-8") as f:
+            f.writelines(f"{p}\t{l}\n" if l else f"{p}\n" for p, l in zip(paths, labels) if p not in bad)
+    return 1 if bad else 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    index = commands.add_parser("index", help="turn a public data set's annotation into a list file")
+    index.add_argument("layout", choices=sorted(LAYOUTS))
+    index.add_argument("annotation", help="the csv, json or split file (hmdb51: the folder of split files)")
+    index.add_argument("videos", help="the folder that holds the videos")
+    index.add_argument("out", help="the list file to write: path, tab, label")
+    index.add_argument("--part", default="train", choices=["train", "test"], help="hmdb51: which part of the split")
+    index.add_argument("--split", default=1, type=int, choices=[1, 2, 3], help="hmdb51: which split")
+    check = commands.add_parser("check", help="say which files of a data set cannot be read, and why")
+    check.add_argument("source", help="a list file or a folder")
+    check.add_argument("--data_root", default="", help="goes before relative paths of a list")
+    check.add_argument("--num_workers", default=os.cpu_count(), type=int, help="processes")
+    check.add_argument("--full", action="store_true", help="decode every frame, not three per file")
+    check.add_argument("--write_good", help="write a list of the files that can be read")
+    commands.add_parser("toy", help="write the toy videos to toy/")
+    args = parser.parse_args()
+    try:
+        sys.exit({"index": index_main, "check": check_main, "toy": lambda args: make_toy()}[args.command](args))
+    except (ValueError, OSError) as e:
+        sys.exit(f"data.py: {e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,452 @@
+"""Masked video pre-training (VideoMAE, arXiv 2203.12602, section 3): predict the 90 % of a clip's cubes that are hidden.
+
+    python pretrain.py --toy                                       # laptop CPU: minutes, on videos it writes itself
+    python pretrain.py --data my_videos/ --size small --batch_size 32 --accum_steps 8      # one GPU, a folder of videos
+    torchrun --nproc_per_node=8 pretrain.py --data k400_train.csv --epochs 800             # 8 GPUs, the paper's ViT-B
+
+The log gives the loss beside two baselines: what predicting zeros scores (511/512 with the paper's target on textured video) and
+what predicting the mean visible cube scores. A loss that stays at a baseline has learnt nothing. <out_dir>/vis_*.png shows what
+the model reconstructs, log.jsonl has the curve, last.pt is the checkpoint; the same command goes on from it.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import data
+import masking
+from model import SIZES, VideoMAE, count_params, param_groups, patchify, to_unit, unpatchify
+from weights import load_pretrained
+
+MAX_NONFINITE = 20  # steps in a row with a non-finite gradient before the run gives up
+
+
+def get_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = argparse.BooleanOptionalAction
+    # data
+    p.add_argument("--data", nargs="+", default=["toy"], help="list files, folders, or the word toy")
+    p.add_argument("--val_data", nargs="+", help="videos for the pictures (default: toy's own, else the first training videos)")
+    p.add_argument("--data_root", default="", help="goes before relative paths of a list")
+    p.add_argument("--num_frames", default=16, type=int, help="frames per clip")
+    p.add_argument("--sampling_rate", default=4, type=int, help="frames from one sampled frame to the next (SSv2: 2)")
+    p.add_argument("--fps", type=float, help="sample by time instead: frames per second of the clip")
+    p.add_argument("--sampling", default="dense", choices=["dense", "sparse"], help="sparse: one frame of each of num_frames segments")
+    p.add_argument("--img_size", default=224, type=int, help="pixels, height and width of a clip")
+    p.add_argument("--crop_scales", nargs="+", default=[1, 0.875, 0.75, 0.66], type=float, help="crop sides over the short side")
+    p.add_argument("--flip", action=flag, default=False, help="horizontal flip of half the clips")
+    p.add_argument("--repeat_aug", default=1, type=int, help="clips from one decoded video; batch_size counts videos")
+    p.add_argument("--num_workers", type=int, help="decoding processes per rank (default: cores per rank, at most 10)")
+    p.add_argument("--max_bad", default=0.05, type=float, help="stop when more than this share of reads fails")
+    # model
+    p.add_argument("--size", default="base", choices=list(SIZES))
+    p.add_argument("--patch_size", default=16, type=int, help="pixels")
+    p.add_argument("--tubelet_size", default=2, type=int, help="frames per cube")
+    p.add_argument("--decoder_depth", type=int, help="blocks (default: the size's)")
+    p.add_argument("--mask_type", default="tube", choices=["tube", "random", "frame"])
+    p.add_argument("--mask_ratio", default=0.9, type=float, help="share of cubes hidden from the encoder")
+    p.add_argument("--decoder_mask_ratio", default=0.0, type=float, help="share of cubes not decoded (VideoMAE v2: 0.5), 0 = off")
+    p.add_argument("--norm_pix_loss", action=flag, default=True, help="targets normalised per cube and channel")
+    p.add_argument("--target", default="clip", choices=["clip", "center", "dense"], help="what is reconstructed (paper, Table 1)")
+    p.add_argument("--checkpointing", action=flag, default=False, help="recompute activations: less memory, about 1/4 slower")
+    p.add_argument("--init", help="start from these weights (any layout that weights.py reads)")
+    # optimisation
+    p.add_argument("--batch_size", default=32, type=int, help="videos per rank and accumulation step (paper: 2048 in all)")
+    p.add_argument("--accum_steps", default=1, type=int, help="batches per optimiser step")
+    p.add_argument("--epochs", default=800, type=float)
+    p.add_argument("--warmup_epochs", default=40, type=float)
+    p.add_argument("--max_steps", type=int, help="optimiser steps instead of epochs; the warm-up keeps its share")
+    p.add_argument("--lr", default=1.5e-4, type=float, help="per 256 videos of the global batch")
+    p.add_argument("--min_lr", default=1e-5, type=float, help="per 256 videos of the global batch")
+    p.add_argument("--weight_decay", default=0.05, type=float)
+    p.add_argument("--beta2", default=0.95, type=float)
+    p.add_argument("--clip_grad", default=0.0, type=float, help="largest gradient norm, 0 = off")
+    # run
+    p.add_argument("--out_dir", default="out/pretrain")
+    p.add_argument("--seed", default=0, type=int)
+    p.add_argument("--device", help="cuda, cpu or mps (default: the first there is)")
+    p.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
+    p.add_argument("--compile", action=flag, default=False, help="torch.compile the model")
+    p.add_argument("--resume", action=flag, help="continue from out_dir (default: if it holds this very run)")
+    p.add_argument("--log_every", default=10, type=int, help="steps")
+    p.add_argument("--save_every", default=500, type=int, help="steps")
+    p.add_argument("--vis_every", default=2000, type=int, help="steps between pictures, 0 = only at the end")
+    p.add_argument("--tensorboard", action=flag, default=False, help="also write event files")
+    p.add_argument("--toy", action="store_true", help="presets for a run of minutes on two CPU cores; other flags still win")
+    if p.parse_known_args(argv)[0].toy:
+        p.set_defaults(size="tiny", img_size=32, patch_size=8, num_frames=8, sampling_rate=1, crop_scales=[1], repeat_aug=4,
+                       batch_size=16, mask_ratio=0.75, lr=1.6e-2, min_lr=1e-4, max_steps=1000, warmup_epochs=80, log_every=20)
+    args = p.parse_args(argv)
+    for name, low in dict(num_frames=1, sampling_rate=1, img_size=1, patch_size=1, tubelet_size=1, repeat_aug=1, batch_size=1,
+                          accum_steps=1, max_steps=1, log_every=1, save_every=1, vis_every=0, num_workers=0, decoder_depth=1,
+                          lr=0, min_lr=0, weight_decay=0, clip_grad=0, seed=0, warmup_epochs=0).items():
+        if getattr(args, name) is not None and getattr(args, name) < low:
+            p.error(f"--{name} {getattr(args, name)}: expected at least {low}")
+    if args.epochs <= 0 or args.epochs <= args.warmup_epochs and not args.max_steps:
+        p.error(f"--epochs {args.epochs:g}: expected more than 0 and than --warmup_epochs {args.warmup_epochs:g}")
+    if args.fps is not None and args.fps <= 0:
+        p.error(f"--fps {args.fps}: expected more than 0")
+    if not all(0 < s <= 1 for s in args.crop_scales):
+        p.error(f"--crop_scales {args.crop_scales}: expected numbers in (0, 1]")
+    if args.target == "dense" and (args.sampling == "dense" and not args.fps and args.sampling_rate % 2):
+        p.error(f"--target dense needs an even --sampling_rate (here {args.sampling_rate}): it also reads the frames between")
+    if args.target == "center" and args.decoder_mask_ratio:
+        p.error("--target center decodes one temporal slot only: leave out --decoder_mask_ratio")
+    return args
+
+
+def lr_at(step: int, peak: float, floor: float, warmup: int, total: int) -> float:
+    """Learning rate of a step (0-based): linear from 0 over the warm-up, then half a cosine to the floor."""
+    if step < warmup:
+        return peak * step / warmup
+    return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
+@torch.no_grad()
+def baselines(model, video, mask) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of predicting zeros, and of predicting the mean visible cube of the clip, on the targets of this batch."""
+    ids = torch.arange(mask.shape[1], device=mask.device).expand(len(mask), -1)
+    if model.target == "center":
+        ids = model.select(mask)[1]
+    masked = mask.gather(1, ids)[..., None]  # (B, M, 1)
+    target = model.targets(video, ids)  # (B, M, P)
+    mean = (target * ~masked).sum(1, keepdim=True) / (~masked).sum(1, keepdim=True).clamp(min=1)  # (B, 1, P)
+    score = lambda guess: ((target - guess).square() * masked).sum() / (masked.sum() * target.shape[2])
+    return score(0), score(mean)
+
+
+@torch.no_grad()
+def reconstruct(model, video, mask):
+    """-> (loss, original, masked, own, true), videos (B, T, H, W, C) in [0,1] of the frames that the model is to predict.
+
+    With normalised targets a prediction has no brightness and contrast. `own` takes those of the clip's visible cubes on average, all
+    that the model was shown; `true` takes each hidden cube's own mean and variance, as published pictures do, which flatters.
+    """
+    loss, pred = model(video, mask)  # (B, M, P)
+    ids, grid = model.select(mask)[1], model.grid
+    hidden = mask
+    if model.target == "center":
+        middle = video.shape[1] // 2
+        video, ids, hidden, grid = video[:, middle:middle + 1], ids - ids[:, :1], mask.gather(1, ids), (1, *model.grid[1:])
+    cubes = to_unit(patchify(video, model.target_cube)).unflatten(2, (-1, 3))  # (B, N, p, C)
+    mean, std = cubes.mean(2, keepdim=True), cubes.std(2, keepdim=True)  # (B, N, 1, C)
+    seen = ~hidden[:, :, None, None]
+    average = lambda x: (x * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1)  # over visible cubes
+    guess = torch.zeros_like(cubes).flatten(2).scatter_(1, ids[..., None].expand_as(pred), pred.float()).unflatten(2, (-1, 3))
+    own, true = (guess * average(std) + average(mean), guess * std + mean) if model.norm_pix_loss else (guess, guess)
+    grey = torch.full_like(cubes, 0.5)
+    back = lambda x: unpatchify(torch.where(seen, cubes, x).flatten(2).clamp(0, 1), grid, model.target_cube)
+    return loss, back(cubes), back(grey), back(own), back(true)
+
+
+def picture(model, video, mask, columns: int = 8) -> tuple[float, np.ndarray]:
+    """-> loss, and an (H, W, 3) uint8 picture: four labelled rows per clip, up to `columns` frames each."""
+    loss, *videos = reconstruct(model, video, mask)
+    labels = ["input", f"masked {mask.float().mean():.0%}"] + (
+        ["prediction + mean and contrast of the visible cubes", "prediction + true mean and contrast (flatters)"]
+        if model.norm_pix_loss else ["prediction"])
+    rows = []
+    for clip in range(len(video)):
+        for label, v in zip(labels, videos):
+            frames = (v[clip] * 255).round().byte().cpu().numpy()
+            frames = frames[np.linspace(0, len(frames) - 1, min(columns, len(frames))).astype(int)]
+            zoom = max(1, 112 // frames.shape[1])
+            strip = np.concatenate(list(np.pad(frames.repeat(zoom, 1).repeat(zoom, 2), ((0, 0), (0, 2), (0, 2), (0, 0)),
+                                               constant_values=255)), 1)
+            title = np.full((14, strip.shape[1], 3), 255, np.uint8)
+            data.draw_text(title, label, 2, 2, 2)
+            rows += [title, strip]
+    return loss.item(), np.concatenate(rows)
+
+
+def main():
+    args = get_args()
+    # ---- process group: torchrun sets these variables, plain python does not
+    rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no GPU here")
+        torch.cuda.set_device(local_rank)
+    device = torch.device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        control = dist.new_group(backend="gloo")  # for host-side flags, so that agreeing to stop does not wait for the GPU
+    say = print if rank == 0 else lambda *a, **k: None
+    torch.manual_seed(args.seed)  # initial weights; all later draws come from (seed, step) and (seed, epoch, index)
+    torch.set_float32_matmul_precision("high")
+    os.makedirs(args.out_dir, exist_ok=True)
+
+    # ---- data
+    if args.data == ["toy"] and rank == 0:
+        data.make_toy()
+    if world > 1:
+        dist.barrier()
+    toy = args.data == ["toy"]
+    sources = ["toy/train"] if toy else args.data
+    paths = [p for s in sources for p in data.read_videos(s, args.data_root)[0]]
+    val_sources = args.val_data or (["toy/val"] if toy else args.data)
+    val_paths = [p for s in val_sources for p in data.read_videos(s, args.data_root)[0]]
+    dense = args.target == "dense"  # twice the frames at half the distance
+    clip = dict(num_frames=args.num_frames * (1 + dense), size=(args.img_size, args.img_size), fps=args.fps and args.fps * (1 + dense),
+                stride=args.sampling_rate // (1 + dense), sampling=args.sampling, crop_scales=args.crop_scales, seed=args.seed)
+    train_set = data.PretrainClips(paths, repeat_aug=args.repeat_aug, flip=args.flip, **clip)
+    global_batch = args.batch_size * args.accum_steps * world
+    total_steps = args.max_steps or max(1, int(args.epochs * len(paths) / global_batch))
+    warmup_steps = int(total_steps * args.warmup_epochs / args.epochs)
+
+    # ---- model
+    model = VideoMAE(args.size, args.num_frames, args.img_size, args.patch_size, args.tubelet_size, args.decoder_depth,
+                     args.norm_pix_loss, args.target, args.checkpointing)
+    num_visible = math.prod(model.grid) - masking.num_masked(args.mask_type, model.grid, args.mask_ratio)
+    num_decoded = None
+    if args.decoder_mask_ratio:
+        num_decoded = math.prod(model.grid) - masking.num_masked("running_cell", model.grid, args.decoder_mask_ratio)
+    if args.init:
+        load_pretrained(model, args.init, verbose=rank == 0)
+    model.to(device)
+    raw_model = model
+    if args.compile:
+        model = torch.compile(model)
+    if world > 1:
+        model = DistributedDataParallel(model, device_ids=[local_rank] if device.type == "cuda" else None)
+
+    # ---- optimiser
+    lr, min_lr = args.lr * global_batch / 256, args.min_lr * global_batch / 256
+    fused = device.type in ("cuda", "cpu")
+    optimizer = torch.optim.AdamW(param_groups(raw_model, args.weight_decay), lr=lr, betas=(0.9, args.beta2), fused=fused)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    # ---- resume
+    last, log_file = os.path.join(args.out_dir, "last.pt"), os.path.join(args.out_dir, "log.jsonl")
+    free = {"out_dir", "resume", "num_workers", "log_every", "save_every", "vis_every", "tensorboard", "max_bad", "device", "compile",
+            "checkpointing", "batch_size", "accum_steps", "toy", "val_data"}  # these may change within a run
+    run = {k: v for k, v in vars(args).items() if k not in free} | dict(global_batch=global_batch, num_videos=len(paths))
+    first_step = 0
+    saved = None
+    if os.path.exists(last) and args.resume is not False:
+        saved = torch.load(last, map_location="cpu", weights_only=True)
+        changed = [f"{k} {saved['args'].get(k)} -> {v}" for k, v in run.items() if saved["args"].get(k) != v]
+        if changed and args.resume is None and saved["step"] >= saved["args"]["total_steps"]:
+            saved = None  # a finished run with other settings: start anew beside it
+        elif changed and (args.resume is None or saved["config"] != raw_model.config):
+            raise ValueError(f"{last} holds another unfinished run ({', '.join(changed)}): choose another --out_dir, --no-resume to "
+                             "start anew (the old files are kept under another name), or --resume to go on with new settings")
+        elif changed:
+            say(f"going on with other settings: {', '.join(changed)}")
+    elif args.resume:
+        raise ValueError(f"--resume: there is no {last}")
+    if world > 1:
+        dist.barrier()  # all have looked before anyone moves or writes files
+    if saved is not None:
+        raw_model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        first_step = saved["step"]
+        say(f"resumed {last} at step {first_step} of {total_steps}")
+    elif rank == 0 and (os.path.exists(last) or os.path.exists(log_file)):
+        n = 1
+        while any(os.path.exists(os.path.join(args.out_dir, f"previous-{n}.{e}")) for e in ("pt", "jsonl")):
+            n += 1
+        for old, ext in ((last, "pt"), (log_file, "jsonl")):
+            if os.path.exists(old):
+                os.rename(old, os.path.join(args.out_dir, f"previous-{n}.{ext}"))
+        say(f"{args.out_dir} held another run: kept as previous-{n}.*")
+    if rank == 0 and os.path.exists(log_file):  # rows after the checkpoint will be written again
+        rows = [r for r in open(log_file) if r.endswith("\n") and json.loads(r)["step"] <= first_step]
+        open(log_file, "w").writelines(rows)
+
+    # ---- loader: starts at the clip where the run stands
+    num_workers = args.num_workers
+    if num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        num_workers = min(10, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+    def init_worker(_):  # the main process alone decides what Ctrl-C and SIGTERM mean
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    batches = data.Batches(len(paths), args.batch_size, args.accum_steps, rank, world, first_step, total_steps, args.seed)
+    loader = torch.utils.data.DataLoader(train_set, batch_sampler=batches, num_workers=num_workers, collate_fn=data.collate,
+                                         pin_memory=device.type == "cuda", worker_init_fn=init_worker,
+                                         prefetch_factor=2 if num_workers else None)
+
+    say(f"{len(paths)} videos, {count_params(raw_model) / 1e6:.1f} M parameters, {args.size}, token grid {'x'.join(map(str, raw_model.grid))}, "
+        f"{num_visible} visible; {world} rank(s) x {args.batch_size} videos x {args.accum_steps} = batch {global_batch}"
+        f"{f' (x {args.repeat_aug} clips)' if args.repeat_aug > 1 else ''}, {total_steps} steps = "
+        f"{total_steps * global_batch / len(paths):.1f} epochs, peak lr {lr:.2e}, {device.type} {args.dtype}, {num_workers} workers")
+    board = None
+    if args.tensorboard and rank == 0:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("--tensorboard needs `pip install tensorboard`") from None
+        board = SummaryWriter(args.out_dir)
+
+    def log(row):
+        with open(log_file, "a") as f:
+            f.write(json.dumps(row) + "\n")
+        for k, v in row.items():
+            if board and k != "step" and isinstance(v, (int, float)):
+                board.add_scalar(k, v, row["step"])
+
+    def save(step):
+        """last.pt is whole at any moment: written beside, flushed, renamed."""
+        if rank == 0:
+            state = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
+                         epoch=step * global_batch / len(paths), rng=dict(seed=args.seed),
+                         config=raw_model.config, args=vars(args) | run | dict(total_steps=total_steps), classes=None)
+            with open(last + ".part", "wb") as f:
+                torch.save(state, f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(last + ".part", last)
+
+    def draw(step):
+        """Pictures of the first readable validation videos, always the same clips and masks."""
+        val_set = data.PretrainClips(val_paths, **(clip | dict(crop_scales=[1])))
+        samples = [val_set[0, i] for i in np.linspace(0, len(val_paths) - 1, min(4, len(val_paths))).astype(int)]
+        video, bad = data.collate(samples)
+        if video is None:
+            return say(f"no picture: {bad[-1][1]}")
+        video = video.to(device)
+        mask = masking.make_mask(args.mask_type, len(video), raw_model.grid, args.mask_ratio, torch.Generator().manual_seed(0))
+        raw_model.eval()
+        with autocast:
+            loss, image = picture(raw_model, video, mask.to(device))
+        raw_model.train()
+        path = os.path.join(args.out_dir, f"vis_{step:07d}.png")
+        data.write_png(path, image)
+        zeros, mean = baselines(raw_model, video, mask.to(device))
+        say(f"{path}: {len(video)} clips, loss {loss:.4f} (zeros {zeros:.4f}, visible mean {mean:.4f})")
+
+    # ---- loop
+    stop = []  # signals received
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda number, frame: stop.append(number))
+    generator = torch.Generator(device=device)
+    loss_sum = torch.zeros((), device=device)
+    skipped, in_row = torch.zeros((), device=device), torch.zeros((), device=device)  # non-finite steps: all, and in a row
+    reads = bad_reads = 0
+    bad_seen = set()
+    waited, clock, logged = 0.0, time.time(), first_step
+    model.train()
+    stream = iter(loader)
+    step = first_step
+    while step < total_steps:
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, lr, min_lr, warmup_steps, total_steps) * group["lr_scale"]
+        # masks of the whole global batch from (seed, step): the same whatever the number of ranks and accumulation steps
+        generator.manual_seed(args.seed * 1_000_003 + step)
+        clips_in_all = global_batch * args.repeat_aug
+        masks = masking.make_mask(args.mask_type, clips_in_all, raw_model.grid, args.mask_ratio, generator, device)
+        decoder_masks = num_decoded and masking.make_mask("running_cell", clips_in_all, raw_model.grid, args.decoder_mask_ratio,
+                                                          generator, device)
+        for micro in range(args.accum_steps):
+            t = time.time()
+            video, bad = next(stream)
+            waited += time.time() - t
+            for path, why in bad:
+                if path not in bad_seen:
+                    bad_seen.add(path)
+                    with open(os.path.join(args.out_dir, "bad_videos.txt"), "a") as f:
+                        f.write(f"{path}\t{why}\n")
+            reads, bad_reads = reads + args.batch_size + len(bad), bad_reads + len(bad)
+            if video is None:
+                raise ValueError(f"10 videos in a row could not be read, the last: {bad[-1][1]}")
+            video = video.to(device, non_blocking=True)  # (B, T, H, W, C) uint8
+            rows = slice((micro * world + rank) * len(video), (micro * world + rank + 1) * len(video))
+            mask, decoder_mask = masks[rows], None if decoder_masks is None else decoder_masks[rows]
+            sync = contextlib.nullcontext() if world == 1 or micro == args.accum_steps - 1 else model.no_sync()
+            with sync:
+                with autocast:
+                    loss, _ = model(video, mask, decoder_mask, num_visible, num_decoded)
+                scaler.scale(loss / args.accum_steps).backward()
+            loss_sum += torch.nan_to_num(loss.detach(), 0, 0, 0) / args.accum_steps
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params])  # after DDP's average: the same on all ranks
+        if args.clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(params, args.clip_grad, grad_norm)
+        bad_step = ~torch.isfinite(grad_norm)
+        skipped, in_row = skipped + bad_step, (in_row + 1) * bad_step
+        if scaler.is_enabled():
+            scaler.step(optimizer)  # looks for non-finite gradients itself
+            scaler.update()
+        elif fused:
+            optimizer.found_inf = bad_step.float()  # the fused kernel skips the step on the device: no wait for the host
+            optimizer.step()
+        elif not bad_step:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        stopping = torch.tensor(len(stop))
+        if world > 1:
+            dist.all_reduce(stopping, dist.ReduceOp.MAX, group=control)
+        if step % args.log_every == 0 or step == total_steps or stopping:
+            zeros, mean = baselines(raw_model, video, mask)
+            stats = torch.stack([loss_sum / (step - logged), zeros, mean]).float()
+            counts = torch.tensor([reads, bad_reads, waited], dtype=torch.float64)
+            if world > 1:
+                dist.all_reduce(stats)
+                dist.all_reduce(counts, group=control)
+            loss, zeros, mean = (stats / world).tolist()
+            all_reads, all_bad, all_waited = counts.tolist()
+            seconds = time.time() - clock
+            memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(
+                resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            row = dict(step=step, loss=loss, zeros=zeros, visible_mean=mean, lr=optimizer.param_groups[0]["lr"],
+                       grad_norm=grad_norm.item(), epoch=step * global_batch / len(paths),
+                       clips_per_s=(step - logged) * clips_in_all / seconds, waiting=all_waited / world / seconds, memory_gb=memory / 2**30,
+                       seconds_left=(total_steps - step) * seconds / (step - logged), bad_reads=int(all_bad), skipped_steps=int(skipped))
+            if rank == 0:
+                log(row)
+            say(f"step {step}/{total_steps} | loss {loss:.4f} (zeros {zeros:.4f}, visible mean {mean:.4f}) | lr {row['lr']:.2e} | "
+                f"grad norm {row['grad_norm']:.3f} | {row['clips_per_s']:.1f} clips/s | waiting for data {row['waiting']:.0%} | "
+                f"{row['memory_gb']:.2f} GB | {time.strftime('%H:%M:%S', time.gmtime(row['seconds_left']))} left"
+                + (f" | {row['skipped_steps']} non-finite steps skipped" if row["skipped_steps"] else "")
+                + (f" | {row['bad_reads']} bad reads" if row["bad_reads"] else ""), flush=True)
+            if int(in_row) >= MAX_NONFINITE:
+                raise ValueError(f"{int(in_row)} steps in a row with a non-finite gradient, at step {step}, lr {row['lr']:.2e}: lower --lr or "
+                                 f"use --clip_grad or --dtype fp32; {last} is as last saved")
+            if all_reads >= 20 and all_bad / all_reads > args.max_bad:
+                raise ValueError(f"{int(all_bad)} of {int(all_reads)} reads failed, more than --max_bad {args.max_bad}: see "
+                                 f"{os.path.join(args.out_dir, 'bad_videos.txt')}; `python data.py check` lists all such files")
+            loss_sum.zero_()
+            waited, clock, logged = 0.0, time.time(), step
+        if step % args.save_every == 0 or step == total_steps or stopping:
+            save(step)
+        if stopping:
+            say(f"stopped by signal {int(stopping)}; saved {last} at step {step}: the same command goes on from there")
+            break
+        if rank == 0 and (step == total_steps or args.vis_every and step % args.vis_every == 0):
+            draw(step)
+    else:
+        if first_step >= total_steps:
+            say("this run is finished; --no-resume starts it anew")
+    if board:
+        board.close()
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as e:
+        sys.exit(f"pretrain.py: {e}")
