@@ -99,10 +99,10 @@ class VideoReader:
         except (av.FFmpegError, OSError, ValueError) as e:
             raise VideoError(f"{path}: cannot be opened ({getattr(e, 'strerror', None) or e})") from None
         try:
-            streams = [s for s in self.container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-            if not streams:
+            self.stream = self.container.streams.best("video")  # of several the largest, as ffmpeg chooses
+            if self.stream is None or self.stream.disposition & av.stream.Disposition.attached_pic:
                 raise VideoError(f"{path}: has no video stream")
-            self.stream, self.codec = streams[0], streams[0].codec_context
+            self.codec = self.stream.codec_context
             if self.codec is None:
                 raise VideoError(f"{path}: no decoder for its video codec")
             self.codec.thread_count = 1  # a worker has one core
@@ -183,7 +183,7 @@ class VideoReader:
         except av.FFmpegError as e:
             raise VideoError(f"{self.path}: damaged after frame {len(self.times)} ({e.strerror})") from None
         self.times = np.array(self.times)
-        if np.any(np.diff(self.times) <= 0):
+        if not (np.diff(self.times) > 0).all():
             self.times = np.arange(len(self.times)) / rate
         self.order = range(len(self.times))
 
@@ -262,7 +262,7 @@ class VideoReader:
 
     def convert(self, frame) -> np.ndarray:
         """A decoded frame -> (H, W, 3) uint8 RGB, turned upright as players do."""
-        rgb = self.to_rgb.reformat(frame, format="rgb24").to_ndarray()
+        rgb = self.to_rgb.reformat(frame, format="rgb24", interpolation="BICUBIC").to_ndarray()  # of chroma, as ffmpeg does
         return np.rot90(rgb, frame.rotation // 90) if frame.rotation % 360 else rgb
 
 
@@ -445,26 +445,38 @@ def write_video(path: str, frames: np.ndarray, fps: int = 25, crf: int = 18, **o
 
 # ---- the toy videos ----
 
-TOY_CLASSES = ("right", "down_right", "down", "down_left", "left", "up_left", "up", "up_right")
-TOY_TRAIN, TOY_VAL, TOY_FRAMES, TOY_SIDE = 640, 160, 32, 48  # videos, videos, frames, pixels
+TOY_CLASSES = ("right", "left", "down", "up", "clockwise", "counterclockwise", "sway", "bob")
+TOY_TRAIN, TOY_VAL, TOY_FRAMES, TOY_SIDE = 640, 160, 24, 48  # videos, videos, frames, pixels
 
 
 def toy_clip(rng, label: int, num_frames: int = TOY_FRAMES, side: int = TOY_SIDE) -> np.ndarray:
-    """(T, side, side, 3) uint8: a random texture that moves in one of 8 directions, the label; no single frame tells which.
+    """(T, side, side, 3) uint8: a random texture that shifts, turns or swings, the label; no single frame tells which.
 
     The texture is a sum of three coloured waves of random direction, so that what a masked cube hides follows from the visible
     ones, the more exactly the better the motion is understood: the evidence for the label lies where the loss is.
     """
-    wavelength = rng.uniform(0.25, 0.6, 3) * side
+    wavelength = rng.uniform(0.25, 0.6, 3) * side  # pixels
     direction, phase = rng.uniform(0, 2 * np.pi, (2, 3))
     color = rng.normal(size=(3, 3))
     color /= np.abs(color).sum(0)
-    angle, speed = label * np.pi / 4, rng.uniform(0.035, 0.055) * side
+    shift, turn = rng.uniform(0.035, 0.055) * side, rng.uniform(0.1, 0.15)  # pixels, radians per frame
+    name, sign = TOY_CLASSES[label], (1, -1)[label % 2]
     t = np.arange(num_frames)[:, None, None]
-    y, x = np.mgrid[:side, :side]
-    x, y = x - t * speed * np.cos(angle), y - t * speed * np.sin(angle)  # (T, side, side)
+    y, x = np.mgrid[:side, :side] - (side - 1) / 2  # the texture is looked up where the pixel came from: (T, side, side) each
+    if name in ("right", "left"):
+        x = x - sign * t * shift
+    elif name in ("down", "up"):
+        y = y - sign * t * shift
+    elif name in ("clockwise", "counterclockwise"):
+        cos, sin = np.cos(sign * t * turn), np.sin(sign * t * turn)
+        x, y = x * cos + y * sin, y * cos - x * sin
+    else:  # to and fro, a period of 8 frames, as far in half a period as a shift
+        swing = 4 * shift * np.sin(t * np.pi / 4 + rng.uniform(0, 2 * np.pi)) / 2
+        x, y = (x - swing, y) if name == "sway" else (x, y - swing)
     u = [2 * np.pi / w * (np.cos(d) * x + np.sin(d) * y) + p for w, d, p in zip(wavelength, direction, phase)]
-    return (128 + 100 * np.einsum("ktyx,kc->tyxc", np.cos(u), color)).clip(0, 255).astype(np.uint8)
+    waves = np.cos(np.stack(np.broadcast_arrays(*u)))  # (3, T, side, side)
+    frames = np.einsum("ktyx,kc->tyxc", np.broadcast_to(waves, (3, num_frames, side, side)), color)
+    return (128 + 100 * frames).clip(0, 255).astype(np.uint8)
 
 
 def make_toy(root: str = "toy", log=print):

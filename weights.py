@@ -84,8 +84,8 @@ def load_pretrained(model: nn.Module, path: str, verbose: bool = True) -> dict:
     ValueError names the parameter and both shapes where they differ, except for heads, which are skipped and start new.
     """
     source, grid = read_weights(path)
-    want, classifier = model.state_dict(), isinstance(model, VideoClassifier)
-    if not classifier:
+    want = model.state_dict()
+    if isinstance(model, VideoMAE):
         source = {f"encoder.{k}" if k.startswith(("patch_embed.", "blocks.", "norm.")) else k: v for k, v in source.items()}
         if "encoder.norm.weight" in want and "encoder.norm.weight" not in source and "mask_token" in source:
             model.encoder.norm, model.config["encoder_norm"] = nn.Identity(), False  # HF files made with use_mean_pooling
