@@ -452,12 +452,13 @@ TOY_TRAIN, TOY_VAL, TOY_FRAMES, TOY_SIDE = 640, 160, 24, 48  # videos, videos, f
 def toy_clip(rng, label: int, num_frames: int = TOY_FRAMES, side: int = TOY_SIDE) -> np.ndarray:
     """(T, side, side, 3) uint8: a random texture that shifts, turns or swings, the label; no single frame tells which.
 
-    The texture is a sum of three coloured waves of random direction, so that what a masked cube hides follows from the visible
-    ones, the more exactly the better the motion is understood: the evidence for the label lies where the loss is.
+    The texture is two coloured fields of six waves each, in random directions, about as large as a cube: too irregular to be
+    continued from the neighbours in a frame, but what a masked cube hides was or will be visible elsewhere. To predict it is to
+    know the motion: the evidence for the label lies where the loss is.
     """
-    wavelength = rng.uniform(0.25, 0.6, 3) * side  # pixels
-    direction, phase = rng.uniform(0, 2 * np.pi, (2, 3))
-    color = rng.normal(size=(3, 3))
+    wavelength = rng.uniform(0.31, 0.62, (2, 6)) * side  # pixels
+    direction, phase = rng.uniform(0, 2 * np.pi, (2, 2, 6))
+    color = rng.normal(size=(2, 3))
     color /= np.abs(color).sum(0)
     shift, turn = rng.uniform(0.035, 0.055) * side, rng.uniform(0.1, 0.15)  # pixels, radians per frame
     name, sign = TOY_CLASSES[label], (1, -1)[label % 2]
@@ -473,10 +474,10 @@ def toy_clip(rng, label: int, num_frames: int = TOY_FRAMES, side: int = TOY_SIDE
     else:  # to and fro, a period of 8 frames, as far in half a period as a shift
         swing = 4 * shift * np.sin(t * np.pi / 4 + rng.uniform(0, 2 * np.pi)) / 2
         x, y = (x - swing, y) if name == "sway" else (x, y - swing)
-    u = [2 * np.pi / w * (np.cos(d) * x + np.sin(d) * y) + p for w, d, p in zip(wavelength, direction, phase)]
-    waves = np.cos(np.stack(np.broadcast_arrays(*u)))  # (3, T, side, side)
-    frames = np.einsum("ktyx,kc->tyxc", np.broadcast_to(waves, (3, num_frames, side, side)), color)
-    return (128 + 100 * frames).clip(0, 255).astype(np.uint8)
+    waves = [[np.cos(2 * np.pi / wavelength[k, i] * (np.cos(direction[k, i]) * x + np.sin(direction[k, i]) * y) + phase[k, i])
+              for i in range(6)] for k in range(2)]
+    fields = np.array([np.sum(np.broadcast_arrays(*w), 0) for w in waves])  # (2, T, side, side)
+    return (128 + 32 * np.einsum("ktyx,kc->tyxc", fields, color)).clip(0, 255).astype(np.uint8)
 
 
 def make_toy(root: str = "toy", log=print):
