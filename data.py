@@ -445,39 +445,29 @@ def write_video(path: str, frames: np.ndarray, fps: int = 25, crf: int = 18, **o
 
 # ---- the toy videos ----
 
-TOY_CLASSES = ("right", "left", "down", "up", "clockwise", "counterclockwise", "sway", "bob")
+TOY_CLASSES = ("right", "down_right", "down", "down_left", "left", "up_left", "up", "up_right")
 TOY_TRAIN, TOY_VAL, TOY_FRAMES, TOY_SIDE = 640, 160, 24, 48  # videos, videos, frames, pixels
 
 
 def toy_clip(rng, label: int, num_frames: int = TOY_FRAMES, side: int = TOY_SIDE) -> np.ndarray:
-    """(T, side, side, 3) uint8: a random texture that shifts, turns or swings, the label; no single frame tells which.
+    """(T, side, side, 3) uint8: a random texture that moves in one of 8 directions, the label; no single frame tells.
 
-    The texture is two coloured fields of six waves each, in random directions, about as large as a cube: too irregular to be
-    continued from the neighbours in a frame, but what a masked cube hides was or will be visible elsewhere. To predict it is to
-    know the motion: the evidence for the label lies where the loss is.
+    The texture is two coloured fields of six waves each, of random direction and about as long as two cubes: too
+    irregular to be continued from the neighbours within a frame, but what a masked cube hides was or will be visible
+    elsewhere. To predict it is to know the motion: the evidence for the label lies where the loss is.
     """
     wavelength = rng.uniform(0.31, 0.62, (2, 6)) * side  # pixels
     direction, phase = rng.uniform(0, 2 * np.pi, (2, 2, 6))
     color = rng.normal(size=(2, 3))
     color /= np.abs(color).sum(0)
-    shift, turn = rng.uniform(0.035, 0.055) * side, rng.uniform(0.1, 0.15)  # pixels, radians per frame
-    name, sign = TOY_CLASSES[label], (1, -1)[label % 2]
+    angle, speed = label * np.pi / 4, rng.uniform(0.0375, 0.056) * side  # pixels per frame
     t = np.arange(num_frames)[:, None, None]
-    y, x = np.mgrid[:side, :side] - (side - 1) / 2  # the texture is looked up where the pixel came from: (T, side, side) each
-    if name in ("right", "left"):
-        x = x - sign * t * shift
-    elif name in ("down", "up"):
-        y = y - sign * t * shift
-    elif name in ("clockwise", "counterclockwise"):
-        cos, sin = np.cos(sign * t * turn), np.sin(sign * t * turn)
-        x, y = x * cos + y * sin, y * cos - x * sin
-    else:  # to and fro, a period of 8 frames, as far in half a period as a shift
-        swing = 4 * shift * np.sin(t * np.pi / 4 + rng.uniform(0, 2 * np.pi)) / 2
-        x, y = (x - swing, y) if name == "sway" else (x, y - swing)
-    waves = [[np.cos(2 * np.pi / wavelength[k, i] * (np.cos(direction[k, i]) * x + np.sin(direction[k, i]) * y) + phase[k, i])
-              for i in range(6)] for k in range(2)]
-    fields = np.array([np.sum(np.broadcast_arrays(*w), 0) for w in waves])  # (2, T, side, side)
-    return (128 + 32 * np.einsum("ktyx,kc->tyxc", fields, color)).clip(0, 255).astype(np.uint8)
+    y, x = np.mgrid[:side, :side]
+    x, y = x - t * speed * np.cos(angle), y - t * speed * np.sin(angle)  # (T, side, side): where the pixel came from
+    k = 2 * np.pi / wavelength
+    kx, ky = k * np.cos(direction), k * np.sin(direction)
+    fields = [sum(np.cos(kx[f, i] * x + ky[f, i] * y + phase[f, i]) for i in range(6)) for f in range(2)]
+    return (128 + 32 * np.einsum("ftyx,fc->tyxc", np.array(fields), color)).clip(0, 255).astype(np.uint8)
 
 
 def make_toy(root: str = "toy", log=print):

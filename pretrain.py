@@ -1,17 +1,19 @@
-"""Masked video pre-training (VideoMAE, arXiv 2203.12602, section 3): predict the 90 % of a clip's cubes that are hidden.
+"""Masked video pre-training (VideoMAE, arXiv 2203.12602, section 3): predict the 90 % of a clip that is hidden.
 
     python pretrain.py --toy                                       # laptop CPU: minutes, on videos it writes itself
     python pretrain.py --data my_videos/ --size small --batch_size 32 --accum_steps 8      # one GPU, a folder of videos
     torchrun --nproc_per_node=8 pretrain.py --data k400_train.csv --epochs 800             # 8 GPUs, the paper's ViT-B
 
-The log gives the loss beside two baselines: what predicting zeros scores (511/512 with the paper's target on textured video) and
-what predicting the mean visible cube scores. A loss that stays at a baseline has learnt nothing. <out_dir>/vis_*.png shows what
-the model reconstructs, log.jsonl has the curve, last.pt is the checkpoint; the same command goes on from it.
+The log gives the loss beside two baselines: what predicting zeros scores (511/512 with the paper's target on textured
+video) and what predicting the mean visible cube scores. A loss that stays at a baseline has learnt nothing.
+<out_dir>/vis_*.png shows what the model reconstructs, log.jsonl has the curve, last.pt is the checkpoint; the same
+command goes on from it.
 """
 
 import argparse
 import contextlib
 import ctypes
+import datetime
 import json
 import math
 import os
@@ -38,14 +40,16 @@ def get_args(argv=None):
     flag = argparse.BooleanOptionalAction
     # data
     p.add_argument("--data", nargs="+", default=["toy"], help="list files, folders, or the word toy")
-    p.add_argument("--val_data", nargs="+", help="videos for the pictures (default: toy's own, else the first training videos)")
+    p.add_argument("--val_data", nargs="+", help="videos for the pictures (default: toy's own, else training videos)")
     p.add_argument("--data_root", default="", help="goes before relative paths of a list")
     p.add_argument("--num_frames", default=16, type=int, help="frames per clip")
     p.add_argument("--sampling_rate", default=4, type=int, help="frames from one sampled frame to the next (SSv2: 2)")
     p.add_argument("--fps", type=float, help="sample by time instead: frames per second of the clip")
-    p.add_argument("--sampling", default="dense", choices=["dense", "sparse"], help="sparse: one frame of each of num_frames segments")
+    p.add_argument("--sampling", default="dense", choices=["dense", "sparse"],
+                   help="sparse: one frame of each of num_frames equal segments")
     p.add_argument("--img_size", default=224, type=int, help="pixels, height and width of a clip")
-    p.add_argument("--crop_scales", nargs="+", default=[1, 0.875, 0.75, 0.66], type=float, help="crop sides over the short side")
+    p.add_argument("--crop_scales", nargs="+", default=[1, 0.875, 0.75, 0.66], type=float,
+                   help="crop sides over the short side")
     p.add_argument("--flip", action=flag, default=False, help="horizontal flip of half the clips")
     p.add_argument("--repeat_aug", default=1, type=int, help="clips from one decoded video; batch_size counts videos")
     p.add_argument("--num_workers", type=int, help="decoding processes per rank (default: cores per rank, at most 10)")
@@ -57,13 +61,14 @@ def get_args(argv=None):
     p.add_argument("--decoder_depth", type=int, help="blocks (default: the size's)")
     p.add_argument("--mask_type", default="tube", choices=["tube", "random", "frame"])
     p.add_argument("--mask_ratio", default=0.9, type=float, help="share of cubes hidden from the encoder")
-    p.add_argument("--decoder_mask_ratio", default=0.0, type=float, help="share of cubes not decoded (VideoMAE v2: 0.5), 0 = off")
+    p.add_argument("--decoder_mask_ratio", default=0.0, type=float, help="not decoded (VideoMAE v2: 0.5), 0 = off")
     p.add_argument("--norm_pix_loss", action=flag, default=True, help="targets normalised per cube and channel")
-    p.add_argument("--target", default="clip", choices=["clip", "center", "dense"], help="what is reconstructed (paper, Table 1)")
-    p.add_argument("--checkpointing", action=flag, default=False, help="recompute activations: less memory, about 1/4 slower")
+    p.add_argument("--target", default="clip", choices=["clip", "center", "dense"],
+                   help="what is reconstructed: the clip, its centre frame, or twice its frames (the paper's ablation)")
+    p.add_argument("--checkpointing", action=flag, default=False, help="recompute activations: less memory, slower")
     p.add_argument("--init", help="start from these weights (any layout that weights.py reads)")
     # optimisation
-    p.add_argument("--batch_size", default=32, type=int, help="videos per rank and accumulation step (paper: 2048 in all)")
+    p.add_argument("--batch_size", default=32, type=int, help="videos per rank and accumulation step (paper: 2048)")
     p.add_argument("--accum_steps", default=1, type=int, help="batches per optimiser step")
     p.add_argument("--epochs", default=800, type=float)
     p.add_argument("--warmup_epochs", default=40, type=float)
@@ -84,14 +89,16 @@ def get_args(argv=None):
     p.add_argument("--save_every", default=500, type=int, help="steps")
     p.add_argument("--vis_every", default=2000, type=int, help="steps between pictures, 0 = only at the end")
     p.add_argument("--tensorboard", action=flag, default=False, help="also write event files")
-    p.add_argument("--toy", action="store_true", help="presets for a run of minutes on two CPU cores; other flags still win")
+    p.add_argument("--toy", action="store_true", help="presets for minutes on two CPU cores; other flags still win")
     if p.parse_known_args(argv)[0].toy:
-        p.set_defaults(size="tiny", img_size=32, patch_size=8, num_frames=8, sampling_rate=1, crop_scales=[1], repeat_aug=4,
-                       batch_size=16, mask_ratio=0.75, lr=1.6e-2, min_lr=1e-4, max_steps=1000, warmup_epochs=80, log_every=20)
+        p.set_defaults(size="tiny", img_size=32, patch_size=8, num_frames=8, sampling_rate=1, crop_scales=[1],
+                       repeat_aug=4, batch_size=16, mask_ratio=0.75, lr=1.6e-2, min_lr=1e-4, max_steps=1000,
+                       warmup_epochs=80, log_every=20)
     args = p.parse_args(argv)
-    for name, low in dict(num_frames=1, sampling_rate=1, img_size=1, patch_size=1, tubelet_size=1, repeat_aug=1, batch_size=1,
-                          accum_steps=1, max_steps=1, log_every=1, save_every=1, vis_every=0, num_workers=0, decoder_depth=1,
-                          lr=0, min_lr=0, weight_decay=0, clip_grad=0, seed=0, warmup_epochs=0).items():
+    lowest = dict(num_frames=1, sampling_rate=1, img_size=1, patch_size=1, tubelet_size=1, repeat_aug=1, batch_size=1,
+                  accum_steps=1, max_steps=1, log_every=1, save_every=1, vis_every=0, num_workers=0, decoder_depth=1,
+                  lr=0, min_lr=0, weight_decay=0, clip_grad=0, seed=0, warmup_epochs=0)
+    for name, low in lowest.items():
         if getattr(args, name) is not None and getattr(args, name) < low:
             p.error(f"--{name} {getattr(args, name)}: expected at least {low}")
     if args.epochs <= 0 or args.epochs <= args.warmup_epochs and not args.max_steps:
@@ -101,7 +108,7 @@ def get_args(argv=None):
     if not all(0 < s <= 1 for s in args.crop_scales):
         p.error(f"--crop_scales {args.crop_scales}: expected numbers in (0, 1]")
     if args.target == "dense" and (args.sampling == "dense" and not args.fps and args.sampling_rate % 2):
-        p.error(f"--target dense needs an even --sampling_rate (here {args.sampling_rate}): it also reads the frames between")
+        p.error(f"--target dense needs an even --sampling_rate (here {args.sampling_rate}): it also reads between")
     if args.target == "center" and args.decoder_mask_ratio:
         p.error("--target center decodes one temporal slot only: leave out --decoder_mask_ratio")
     return args
@@ -129,22 +136,25 @@ def baselines(model, video, mask) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def reconstruct(model, video, mask):
-    """-> (loss, original, masked, own, true), videos (B, T, H, W, C) in [0,1] of the frames that the model is to predict.
+    """-> (loss, original, masked, own, true): videos (B, T, H, W, C) in [0,1] of the frames that are to be predicted.
 
-    With normalised targets a prediction has no brightness and contrast. `own` takes those of the clip's visible cubes on average, all
-    that the model was shown; `true` takes each hidden cube's own mean and variance, as published pictures do, which flatters.
+    With normalised targets a prediction has no brightness and contrast. `own` takes those of the clip's visible cubes
+    on average, all that the model was shown; `true` takes each hidden cube's own mean and variance, as published
+    pictures do, which flatters.
     """
     loss, pred = model(video, mask)  # (B, M, P)
     ids, grid = model.select(mask)[1], model.grid
     hidden = mask
     if model.target == "center":
         middle = video.shape[1] // 2
-        video, ids, hidden, grid = video[:, middle:middle + 1], ids - ids[:, :1], mask.gather(1, ids), (1, *model.grid[1:])
+        hidden, ids = mask.gather(1, ids), ids - ids[:, :1]
+        video, grid = video[:, middle:middle + 1], (1, *model.grid[1:])
     cubes = to_unit(patchify(video, model.target_cube)).unflatten(2, (-1, 3))  # (B, N, p, C)
     mean, std = cubes.mean(2, keepdim=True), cubes.std(2, keepdim=True)  # (B, N, 1, C)
     seen = ~hidden[:, :, None, None]
     average = lambda x: (x * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1)  # over visible cubes
-    guess = torch.zeros_like(cubes).flatten(2).scatter_(1, ids[..., None].expand_as(pred), pred.float()).unflatten(2, (-1, 3))
+    guess = torch.zeros_like(cubes).flatten(2).scatter_(1, ids[..., None].expand_as(pred), pred.float())
+    guess = guess.unflatten(2, (-1, 3))
     own, true = (guess * average(std) + average(mean), guess * std + mean) if model.norm_pix_loss else (guess, guess)
     grey = torch.full_like(cubes, 0.5)
     back = lambda x: unpatchify(torch.where(seen, cubes, x).flatten(2).clamp(0, 1), grid, model.target_cube)
@@ -174,23 +184,25 @@ def picture(model, video, mask, columns: int = 8) -> tuple[float, np.ndarray]:
 def main():
     args = get_args()
     # ---- process group: torchrun sets these variables, plain python does not
-    rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    mps = torch.backends.mps.is_available()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     if device == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU here")
         torch.cuda.set_device(local_rank)
+        torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
     device = torch.device(device)
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        control = dist.new_group(backend="gloo")  # for host-side flags, so that agreeing to stop does not wait for the GPU
+        control = dist.new_group(backend="gloo")  # host-side numbers: agreeing to stop does not wait for the GPU
     if device.type == "cpu" and hasattr(ctypes.CDLL(None), "mallopt"):
         # glibc gives large tensors back to the system at once and faults their pages in again: a tenth of a step's time
         ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     say = print if rank == 0 else lambda *a, **k: None
     torch.manual_seed(args.seed)  # initial weights; all later draws come from (seed, step) and (seed, epoch, index)
-    torch.set_float32_matmul_precision("high")
     os.makedirs(args.out_dir, exist_ok=True)
 
     # ---- data
@@ -204,8 +216,9 @@ def main():
     val_sources = args.val_data or (["toy/val"] if toy else args.data)
     val_paths = [p for s in val_sources for p in data.read_videos(s, args.data_root)[0]]
     dense = args.target == "dense"  # twice the frames at half the distance
-    clip = dict(num_frames=args.num_frames * (1 + dense), size=(args.img_size, args.img_size), fps=args.fps and args.fps * (1 + dense),
-                stride=args.sampling_rate // (1 + dense), sampling=args.sampling, crop_scales=args.crop_scales, seed=args.seed)
+    clip = dict(num_frames=args.num_frames * (1 + dense), size=(args.img_size, args.img_size), sampling=args.sampling,
+                stride=args.sampling_rate // (1 + dense), fps=args.fps and args.fps * (1 + dense),
+                crop_scales=args.crop_scales, seed=args.seed)
     train_set = data.PretrainClips(paths, repeat_aug=args.repeat_aug, flip=args.flip, **clip)
     global_batch = args.batch_size * args.accum_steps * world
     total_steps = args.max_steps or max(1, int(args.epochs * len(paths) / global_batch))
@@ -230,17 +243,19 @@ def main():
     # ---- optimiser
     lr, min_lr = args.lr * global_batch / 256, args.min_lr * global_batch / 256
     fused = device.type in ("cuda", "cpu")
-    optimizer = torch.optim.AdamW(param_groups(raw_model, args.weight_decay), lr=lr, betas=(0.9, args.beta2), fused=fused)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    groups = param_groups(raw_model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, args.beta2), fused=fused)
+    params = [p for group in groups for p in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     # ---- resume
     last, log_file = os.path.join(args.out_dir, "last.pt"), os.path.join(args.out_dir, "log.jsonl")
-    free = {"out_dir", "resume", "num_workers", "log_every", "save_every", "vis_every", "tensorboard", "max_bad", "device", "compile",
-            "checkpointing", "batch_size", "accum_steps", "toy", "val_data"}  # these may change within a run
-    run = {k: v for k, v in vars(args).items() if k not in free} | dict(global_batch=global_batch, num_videos=len(paths))
+    free = {"out_dir", "resume", "num_workers", "log_every", "save_every", "vis_every", "tensorboard", "max_bad",
+            "device", "compile", "checkpointing", "batch_size", "accum_steps", "toy", "val_data"}  # may change in a run
+    run = {k: v for k, v in vars(args).items() if k not in free}
+    run |= dict(global_batch=global_batch, num_videos=len(paths))
     first_step = 0
     saved = None
     if os.path.exists(last) and args.resume is not False:
@@ -249,8 +264,9 @@ def main():
         if changed and args.resume is None and saved["step"] >= saved["args"]["total_steps"]:
             saved = None  # a finished run with other settings: start anew beside it
         elif changed and (args.resume is None or saved["config"] != raw_model.config):
-            raise ValueError(f"{last} holds another unfinished run ({', '.join(changed)}): choose another --out_dir, --no-resume to "
-                             "start anew (the old files are kept under another name), or --resume to go on with new settings")
+            raise ValueError(f"{last} holds another unfinished run ({', '.join(changed)}): choose another --out_dir, "
+                             "--no-resume to start anew (the old files are kept under another name), or, where the "
+                             "model is the same, --resume to go on with the new settings")
         elif changed:
             say(f"going on with other settings: {', '.join(changed)}")
     elif args.resume:
@@ -284,15 +300,18 @@ def main():
     def init_worker(_):  # the main process alone decides what Ctrl-C and SIGTERM mean
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    batches = data.Batches(len(paths), args.batch_size, args.accum_steps, rank, world, first_step, total_steps, args.seed)
-    loader = torch.utils.data.DataLoader(train_set, batch_sampler=batches, num_workers=num_workers, collate_fn=data.collate,
-                                         pin_memory=device.type == "cuda", worker_init_fn=init_worker,
-                                         prefetch_factor=2 if num_workers else None)
+    batches = data.Batches(len(paths), args.batch_size, args.accum_steps, rank, world, first_step, total_steps,
+                           args.seed)
+    loader = torch.utils.data.DataLoader(
+        train_set, batch_sampler=batches, num_workers=num_workers, collate_fn=data.collate, worker_init_fn=init_worker,
+        pin_memory=device.type == "cuda", prefetch_factor=2 if num_workers else None)
 
-    say(f"{len(paths)} videos, {count_params(raw_model) / 1e6:.1f} M parameters, {args.size}, token grid {'x'.join(map(str, raw_model.grid))}, "
-        f"{num_visible} visible; {world} rank(s) x {args.batch_size} videos x {args.accum_steps} = batch {global_batch}"
+    say(f"{len(paths)} videos, {args.size} with {count_params(raw_model) / 1e6:.1f} M parameters, "
+        f"token grid {'x'.join(map(str, raw_model.grid))}, {num_visible} visible; "
+        f"{world} rank(s) x {args.batch_size} videos x {args.accum_steps} = batch {global_batch}"
         f"{f' (x {args.repeat_aug} clips)' if args.repeat_aug > 1 else ''}, {total_steps} steps = "
-        f"{total_steps * global_batch / len(paths):.1f} epochs, peak lr {lr:.2e}, {device.type} {args.dtype}, {num_workers} workers")
+        f"{total_steps * global_batch / len(paths):.1f} epochs, peak lr {lr:.2e}, {device.type} {args.dtype}, "
+        f"{num_workers} workers")
     board = None
     if args.tensorboard and rank == 0:
         try:
@@ -303,17 +322,18 @@ def main():
 
     def log(row):
         with open(log_file, "a") as f:
-            f.write(json.dumps(row) + "\n")
+            f.write(json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n")
         for k, v in row.items():
-            if board and k != "step" and isinstance(v, (int, float)):
+            if board and k != "step":
                 board.add_scalar(k, v, row["step"])
 
     def save(step):
         """last.pt is whole at any moment: written beside, flushed, renamed."""
         if rank == 0:
-            state = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
-                         epoch=step * global_batch / len(paths), rng=dict(seed=args.seed),
-                         config=raw_model.config, args=vars(args) | run | dict(total_steps=total_steps), classes=None)
+            state = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                         step=step, epoch=step * global_batch / len(paths), config=raw_model.config, classes=None,
+                         args=vars(args) | run | dict(total_steps=total_steps),
+                         rng=dict(seed=args.seed))  # all draws follow from the seed and step, epoch, index
             with open(last + ".part", "wb") as f:
                 torch.save(state, f)
                 f.flush()
@@ -328,14 +348,13 @@ def main():
         if video is None:
             return say(f"no picture: {bad[-1][1]}")
         video = video.to(device)
-        mask = masking.make_mask(args.mask_type, len(video), raw_model.grid, args.mask_ratio, torch.Generator().manual_seed(0))
-        raw_model.eval()
+        fixed = torch.Generator().manual_seed(0)
+        mask = masking.make_mask(args.mask_type, len(video), raw_model.grid, args.mask_ratio, fixed).to(device)
         with autocast:
-            loss, image = picture(raw_model, video, mask.to(device))
-        raw_model.train()
+            loss, image = picture(raw_model, video, mask)
         path = os.path.join(args.out_dir, f"vis_{step:07d}.png")
         data.write_png(path, image)
-        zeros, mean = baselines(raw_model, video, mask.to(device))
+        zeros, mean = baselines(raw_model, video, mask)
         say(f"{path}: {len(video)} clips, loss {loss:.4f} (zeros {zeros:.4f}, visible mean {mean:.4f})")
 
     # ---- loop
@@ -344,7 +363,7 @@ def main():
         signal.signal(s, lambda number, frame: stop.append(number))
     generator = torch.Generator(device=device)
     loss_sum = torch.zeros((), device=device)
-    skipped, in_row = torch.zeros((), device=device), torch.zeros((), device=device)  # non-finite steps: all, and in a row
+    skipped, in_row = torch.zeros((2,), device=device)  # steps with a non-finite gradient: all, and the last in a row
     reads = bad_reads = 0
     bad_seen = set()
     waited, clock, logged = 0.0, time.time(), first_step
@@ -354,12 +373,14 @@ def main():
     while step < total_steps:
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, lr, min_lr, warmup_steps, total_steps) * group["lr_scale"]
-        # masks of the whole global batch from (seed, step): the same whatever the number of ranks and accumulation steps
+        # masks of the whole global batch from (seed, step): the same on any number of ranks and accumulation steps
         generator.manual_seed(args.seed * 1_000_003 + step)
         clips_in_all = global_batch * args.repeat_aug
         masks = masking.make_mask(args.mask_type, clips_in_all, raw_model.grid, args.mask_ratio, generator, device)
-        decoder_masks = num_decoded and masking.make_mask("running_cell", clips_in_all, raw_model.grid, args.decoder_mask_ratio,
-                                                          generator, device)
+        decoder_masks = None
+        if num_decoded:
+            decoder_masks = masking.make_mask("running_cell", clips_in_all, raw_model.grid, args.decoder_mask_ratio,
+                                              generator, device)
         for micro in range(args.accum_steps):
             t = time.time()
             video, bad = next(stream)
@@ -382,7 +403,7 @@ def main():
                 scaler.scale(loss / args.accum_steps).backward()
             loss_sum += torch.nan_to_num(loss.detach(), 0, 0, 0) / args.accum_steps
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params])  # after DDP's average: the same on all ranks
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params])  # of DDP's average: the same on all ranks
         if args.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(params, args.clip_grad, grad_norm)
         bad_step = ~torch.isfinite(grad_norm)
@@ -391,14 +412,14 @@ def main():
             scaler.step(optimizer)  # looks for non-finite gradients itself
             scaler.update()
         elif fused:
-            optimizer.found_inf = bad_step.float()  # the fused kernel skips the step on the device: no wait for the host
+            optimizer.found_inf = bad_step.float()  # the fused kernel skips the step by itself: no wait for the host
             optimizer.step()
         elif not bad_step:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
-        stopping = torch.tensor(len(stop))
+        stopping = torch.tensor(max(stop, default=0))
         if world > 1:
             dist.all_reduce(stopping, dist.ReduceOp.MAX, group=control)
         if step % args.log_every == 0 or step == total_steps or stopping:
@@ -415,21 +436,26 @@ def main():
                 resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
             row = dict(step=step, loss=loss, zeros=zeros, visible_mean=mean, lr=optimizer.param_groups[0]["lr"],
                        grad_norm=grad_norm.item(), epoch=step * global_batch / len(paths),
-                       clips_per_s=(step - logged) * clips_in_all / seconds, waiting=all_waited / world / seconds, memory_gb=memory / 2**30,
-                       seconds_left=(total_steps - step) * seconds / (step - logged), bad_reads=int(all_bad), skipped_steps=int(skipped))
+                       clips_per_s=(step - logged) * clips_in_all / seconds, waiting=all_waited / world / seconds,
+                       memory_gb=memory / 2**30, seconds_left=(total_steps - step) * seconds / (step - logged),
+                       bad_reads=int(all_bad), skipped_steps=int(skipped))
             if rank == 0:
                 log(row)
-            say(f"step {step}/{total_steps} | loss {loss:.4f} (zeros {zeros:.4f}, visible mean {mean:.4f}) | lr {row['lr']:.2e} | "
-                f"grad norm {row['grad_norm']:.3f} | {row['clips_per_s']:.1f} clips/s | waiting for data {row['waiting']:.0%} | "
-                f"{row['memory_gb']:.2f} GB | {time.strftime('%H:%M:%S', time.gmtime(row['seconds_left']))} left"
+            say(f"step {step}/{total_steps} | loss {loss:.4f} (zeros {zeros:.4f}, visible mean {mean:.4f}) | "
+                f"lr {row['lr']:.2e} | grad norm {row['grad_norm']:.3f} | {row['clips_per_s']:.1f} clips/s | "
+                f"waiting for data {row['waiting']:.0%} | {row['memory_gb']:.2f} GB | "
+                f"{datetime.timedelta(seconds=round(row['seconds_left']))} left"
                 + (f" | {row['skipped_steps']} non-finite steps skipped" if row["skipped_steps"] else "")
                 + (f" | {row['bad_reads']} bad reads" if row["bad_reads"] else ""), flush=True)
             if int(in_row) >= MAX_NONFINITE:
-                raise ValueError(f"{int(in_row)} steps in a row with a non-finite gradient, at step {step}, lr {row['lr']:.2e}: lower --lr or "
-                                 f"use --clip_grad or --dtype fp32; {last} is as last saved")
+                raise ValueError(f"{int(in_row)} steps in a row with a non-finite gradient, at step {step}, "
+                                 f"lr {row['lr']:.2e}: lower --lr or use --clip_grad or --dtype fp32; {last} is as "
+                                 "last saved")
             if all_reads >= 20 and all_bad / all_reads > args.max_bad:
-                raise ValueError(f"{int(all_bad)} of {int(all_reads)} reads failed, more than --max_bad {args.max_bad}: see "
-                                 f"{os.path.join(args.out_dir, 'bad_videos.txt')}; `python data.py check` lists all such files")
+                save(step)
+                raise ValueError(f"{int(all_bad)} of {int(all_reads)} reads failed, more than --max_bad "
+                                 f"{args.max_bad}: see {os.path.join(args.out_dir, 'bad_videos.txt')}; "
+                                 "`python data.py check` lists all such files")
             loss_sum.zero_()
             waited, clock, logged = 0.0, time.time(), step
         if step % args.save_every == 0 or step == total_steps or stopping:
@@ -447,7 +473,7 @@ def main():
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-    return 0
+    return 128 + int(stopping) if step > first_step and stopping else 0
 
 
 if __name__ == "__main__":
