@@ -1,4 +1,4 @@
-"""Videos in, uint8 clips out: lists and folders, decoding with PyAV, clip samplers, crops, the toy videos, writing pictures.
+"""Videos in, uint8 clips out: lists, folders, decoding (PyAV), clip samplers, crops, toy videos, writing pictures.
 
     python data.py index ucf101 trainlist01.txt UCF-101/ ucf_train.tsv     # a public layout -> a list file
     python data.py check ucf_train.tsv                                     # which files cannot be read, and why
@@ -24,7 +24,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-VIDEO_EXT = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".m4v", ".wmv", ".flv", ".3gp", ".ts", ".ogv", ".gif")
+VIDEO_EXT = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".m4v", ".wmv", ".flv", ".3gp", ".ts", ".ogv",
+             ".gif")
 IMAGE_EXT = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 KEEP_PACKETS = 64 << 20  # files up to this size (bytes) are read into memory once; longer movies are sought in
 
@@ -36,7 +37,7 @@ class VideoError(ValueError):
 # ---- lists and folders ----
 
 def parse_row(row: str, where: str) -> tuple[str, str | None]:
-    """A list row -> (path, label or None). Separator: a tab, a comma or the last space; paths may hold spaces and commas."""
+    """A list row -> (path, label or None), split at a tab, comma or last space; paths may hold spaces and commas."""
     is_media = lambda p: p.strip().strip('"').lower().endswith(VIDEO_EXT + IMAGE_EXT)
     clean = lambda p: p.strip().strip('"')
     if is_media(row):
@@ -50,21 +51,23 @@ def parse_row(row: str, where: str) -> tuple[str, str | None]:
 
 
 def read_videos(source: str, data_root: str = "") -> tuple[list[str], list[str | None]]:
-    """A list file, a folder of class folders, or a flat folder -> paths, and labels as written (None where there are none)."""
+    """A list file, a folder of class folders, or a flat folder -> paths, and labels as written (None: no label)."""
     if os.path.isdir(source):
         rows = []
         for folder, subfolders, files in os.walk(source, followlinks=True):
             subfolders.sort()
             inside = os.path.relpath(folder, source).split(os.sep)[0]  # class = first folder below the source
             label = None if inside == "." else inside
-            rows += [(os.path.join(folder, f), label) for f in sorted(files) if f.lower().endswith(VIDEO_EXT + IMAGE_EXT)]
+            rows += [(os.path.join(folder, f), label) for f in sorted(files)
+                     if f.lower().endswith(VIDEO_EXT + IMAGE_EXT)]
         if not rows:
             raise ValueError(f"{source}: no videos in this folder; known endings: {' '.join(VIDEO_EXT + IMAGE_EXT)}")
     elif os.path.isfile(source):
         try:
             lines = open(source, encoding="utf-8-sig").read().splitlines()
         except UnicodeDecodeError as e:
-            raise ValueError(f"{source}: not a text file ({e}); expected a list with a row `path label` per video") from None
+            raise ValueError(f"{source}: not a text file ({e}); "
+                             "expected a list with a row `path label` per video") from None
         rows = [parse_row(line, f"{source} row {i}") for i, line in enumerate(lines, 1)
                 if line.strip() and not line.startswith("#")]
         rows = [(os.path.join(data_root, path), label) for path, label in rows]
@@ -87,9 +90,9 @@ INDEX_CACHE: OrderedDict = OrderedDict()  # of the long files only: reading all 
 class VideoReader:
     """Random access to the frames of a video file, in presentation order; a context manager.
 
-    All packets are read (not decoded) once: their time stamps give the number of frames and where each key frame is, with
-    no trust in the container's own count, duration or frame rate. `frames` then decodes from the last key frame before the
-    wanted frames to the last of them, and leaves out frames that are neither wanted nor needed by others.
+    All packets are read (not decoded) once: their time stamps give the number of frames and where each key frame is,
+    with no trust in the container's own count, duration or frame rate. `frames` then decodes from the last key frame
+    before the wanted frames to the last of them, and leaves out frames that are neither wanted nor needed by others.
     """
 
     def __init__(self, path: str):
@@ -127,7 +130,7 @@ class VideoReader:
         return len(self.order)
 
     def read_index(self):
-        """Sets pts (by packet), keys ((pts, packet) of key frames), order (frame index -> packet) and times (seconds)."""
+        """Sets pts (by packet), keys ((pts, packet) of key frames), order (frame index -> packet), times (seconds)."""
         size = self.container.size or 0
         self.packets, self.counted = [], False
         stamp = (self.path, size, os.path.getmtime(self.path)) if size > KEEP_PACKETS else None
@@ -212,7 +215,7 @@ class VideoReader:
             i += 1
 
     def decode(self, numbered, wanted=None):
-        """Decodes (number, packet) pairs and drains the decoder; frames that nobody wants or refers to are not decoded."""
+        """Decodes (number, packet) pairs, drains the decoder; frames that nobody wants or refers to are left out."""
         self.codec.flush_buffers()
         skip = "DEFAULT"
         self.codec.skip_frame = skip
@@ -224,7 +227,7 @@ class VideoReader:
         yield from self.codec.decode(None)
 
     def frames(self, indices) -> np.ndarray:
-        """Frame indices (any order, repeats allowed) -> (n, H, W, 3) uint8 RGB, upright. VideoError names a frame that fails."""
+        """Frame indices (any order, repeats) -> (n, H, W, 3) uint8 RGB, upright; VideoError names the failing frame."""
         indices = [int(i) for i in indices]
         if min(indices) < 0 or max(indices) >= len(self):
             raise VideoError(f"{self.path}: frames {min(indices)}..{max(indices)} wanted, it has {len(self)}")
@@ -262,16 +265,17 @@ class VideoReader:
 
     def convert(self, frame) -> np.ndarray:
         """A decoded frame -> (H, W, 3) uint8 RGB, turned upright as players do."""
-        rgb = self.to_rgb.reformat(frame, format="rgb24", interpolation="BICUBIC").to_ndarray()  # of chroma, as ffmpeg does
+        rgb = self.to_rgb.reformat(frame, format="rgb24", interpolation="BICUBIC")  # of chroma, as ffmpeg does
+        rgb = rgb.to_ndarray()
         return np.rot90(rgb, frame.rotation // 90) if frame.rotation % 360 else rgb
 
 
 # ---- which frames ----
 
 def sample_dense(rng, n: int, num_frames: int, stride: int) -> np.ndarray:
-    """Pre-training (section 5 of the paper's code): num_frames indices, `stride` apart, start uniform in [0, n - num_frames*stride].
+    """num_frames indices, `stride` apart, start uniform in [0, n - num_frames*stride].
 
-    A shorter video starts at 0 and repeats its last usable frame.
+    For pre-training (section 5 of the paper's code). A shorter video starts at 0 and repeats its last usable frame.
     """
     start = rng.integers(max(n - num_frames * stride, 0) + 1)
     i = start + stride * np.arange(num_frames)
@@ -285,7 +289,7 @@ def sample_sparse(rng, n: int, num_frames: int) -> np.ndarray:
 
 
 def sample_by_time(rng, times: np.ndarray, num_frames: int, fps: float) -> np.ndarray:
-    """num_frames indices 1/fps seconds apart, whatever the file's rate: the nearest frames; a short video repeats its last."""
+    """num_frames indices 1/fps seconds apart at any file rate: the nearest frames; a short video repeats its last."""
     span = num_frames / fps
     start = times[0] + rng.random() * max(times[-1] - times[0] - span, 0)
     t = start + np.arange(num_frames) / fps
@@ -306,7 +310,7 @@ def resize(clip: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def multi_scale_crop(rng, height: int, width: int, scales=(1, 0.875, 0.75, 0.66)) -> tuple[int, int, int, int]:
-    """-> (top, left, h, w): sides int(short side * scale), scale indices at most 1 apart, at one of 13 fixed anchors."""
+    """-> (top, left, h, w): sides int(short side * scale), scale indices at most 1 apart, at one of 13 anchors."""
     sides = [int(min(height, width) * s) for s in scales]
     pairs = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
     h, w = pairs[rng.integers(len(pairs))]
@@ -319,24 +323,26 @@ def multi_scale_crop(rng, height: int, width: int, scales=(1, 0.875, 0.75, 0.66)
 def crop_resize(clip: np.ndarray, box: tuple, height: int, width: int) -> torch.Tensor:
     """(T, H, W, C) uint8 and (top, left, h, w) -> (T, height, width, C) uint8."""
     top, left, h, w = box
-    return resize(torch.from_numpy(np.ascontiguousarray(clip[:, top:top + h, left:left + w])), height, width).contiguous()
+    part = torch.from_numpy(np.ascontiguousarray(clip[:, top:top + h, left:left + w]))
+    return resize(part, height, width).contiguous()
 
 
 # ---- what training draws ----
 
 class PretrainClips(torch.utils.data.Dataset):
-    """(epoch, index) -> (clips, bad): clips (repeat_aug, T, H, W, C) uint8, bad the list of (path, reason) that failed on the way.
+    """(epoch, index) -> (clips, bad): clips (repeat_aug, T, H, W, C) uint8, bad the (path, reason) of all that failed.
 
-    A video that cannot be read is reported and another, drawn from (seed, epoch, index), takes its place; after ten such in a
-    row clips is None. With repeat_aug
-    several clips, each with its own start and crop, come from one pass of decoding. stride counts frames; fps, when given, samples
-    by time instead; sampling "sparse" takes one frame of each of T equal segments.
+    A video that cannot be read is reported and another, drawn from (seed, epoch, index), takes its place; after ten
+    such in a row clips is None. With repeat_aug several clips, each with its own start and crop, come from one pass of
+    decoding. stride counts frames; fps, when given, samples by time instead; sampling "sparse" takes one frame of each
+    of T equal segments.
     """
 
     def __init__(self, paths, num_frames=16, size=(224, 224), stride=4, fps=None, sampling="dense", repeat_aug=1,
                  crop_scales=(1, 0.875, 0.75, 0.66), flip=False, seed=0):
         self.paths, self.num_frames, self.size, self.stride, self.fps = paths, num_frames, size, stride, fps
-        self.sampling, self.repeat_aug, self.crop_scales, self.flip, self.seed = sampling, repeat_aug, crop_scales, flip, seed
+        self.sampling, self.repeat_aug, self.crop_scales = sampling, repeat_aug, crop_scales
+        self.flip, self.seed = flip, seed
 
     def __len__(self):
         return len(self.paths)
@@ -379,12 +385,13 @@ def collate(samples: list) -> tuple[torch.Tensor | None, list]:
 class Batches:
     """Batch sampler without end-of-epoch gaps: the permutations of all epochs one after the other, cut into batches.
 
-    Position p of that stream is sample (epoch, index) = (p // n, permutation(seed, epoch)[p % n]). Step s takes `accum` * `world`
-    batches; this rank's are yielded in order. So 1 rank x 2B, 2 ranks x B and 2 accumulated x B see the same samples, sets smaller
-    than a batch work, and a resumed run starts at any step.
+    Position p of that stream is sample (epoch, index) = (p // n, permutation(seed, epoch)[p % n]). Step s takes
+    `accum` * `world` batches; this rank's are yielded in order. So 1 rank x 2B, 2 ranks x B and 2 accumulated x B see
+    the same samples, sets smaller than a batch work, and a resumed run starts at any step.
     """
 
-    def __init__(self, n: int, batch_size: int, accum: int, rank: int, world: int, first_step: int, last_step: int, seed: int):
+    def __init__(self, n: int, batch_size: int, accum: int, rank: int, world: int, first_step: int, last_step: int,
+                 seed: int):
         self.n, self.batch_size, self.accum, self.rank, self.world = n, batch_size, accum, rank, world
         self.first_step, self.last_step, self.seed = first_step, last_step, seed
 
@@ -409,13 +416,14 @@ class Batches:
 
 # 3x5 pixels a glyph, a row an octal digit: for labels in pictures, with no font library
 FONT = dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-:_/%()+=,", (
-    "25755 65656 34443 65556 74647 74644 34553 55755 72227 11152 55655 44447 57755 65555 25552 65644 25563 65655 34216 72222 "
-    "55557 55552 55775 55255 55222 71247 75557 26227 71747 71717 55711 74717 74757 71122 75757 75717 00002 00700 02020 00007 "
-    "11244 51245 12221 42224 02720 07070 00024").split()))
+    "25755 65656 34443 65556 74647 74644 34553 55755 72227 11152 55655 44447 57755 "
+    "65555 25552 65644 25563 65655 34216 72222 55557 55552 55775 55255 55222 71247 "
+    "75557 26227 71747 71717 55711 74717 74757 71122 75757 75717 "
+    "00002 00700 02020 00007 11244 51245 12221 42224 02720 07070 00024").split()))
 
 
 def draw_text(image: np.ndarray, text: str, y: int, x: int, scale: int = 1, color=(0, 0, 0)):
-    """Writes text into an (H, W, 3) uint8 image in place, glyphs 4*scale wide and 5*scale high; what lies outside is cut off."""
+    """Writes text into an (H, W, 3) uint8 image in place, glyphs 4*scale wide, 5*scale high; cut off at the edges."""
     for k, char in enumerate(text.upper()):
         rows = [[int(d) >> b & 1 for b in (2, 1, 0)] for d in FONT.get(char, "00000")]
         glyph = np.kron(np.array(rows, bool), np.ones((scale, scale), bool))
@@ -433,11 +441,12 @@ def write_png(path: str, image: np.ndarray):
 
 
 def write_video(path: str, frames: np.ndarray, fps: int = 25, crf: int = 18, **options):
-    """(T, H, W, 3) uint8 with even H and W -> an H.264 file. options go to x264 as they are (gop is `g`, B-frames `bf`)."""
+    """(T, H, W, 3) uint8 with even H and W -> an H.264 file; options go to x264 as is (gop is `g`, B-frames `bf`)."""
     with av.open(path, "w") as out:
         stream = out.add_stream("libx264", rate=fps)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt, stream.options = "yuv420p", {"crf": str(crf), "threads": "1"} | {k: str(v) for k, v in options.items()}
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": str(crf), "threads": "1"} | {k: str(v) for k, v in options.items()}
         for frame in frames:
             out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")))
         out.mux(stream.encode(None))
@@ -471,7 +480,7 @@ def toy_clip(rng, label: int, num_frames: int = TOY_FRAMES, side: int = TOY_SIDE
 
 
 def make_toy(root: str = "toy", log=print):
-    """Writes the toy set to root/train/<class>/ and root/val/<class>/ unless it is there; deterministic, whole or not at all."""
+    """Writes the toy set to root/{train,val}/<class>/ unless it is there; deterministic, whole or not at all."""
     if os.path.exists(root):
         if not os.path.isdir(os.path.join(root, "val")):
             raise ValueError(f"{root}/ exists but does not hold the toy videos (no {root}/val): move it away")
@@ -494,20 +503,21 @@ def make_toy(root: str = "toy", log=print):
 # ---- python data.py index: public layouts -> list files ----
 
 def index_kinetics(annotation: str, videos: str, part: str, split: int):
-    """Kinetics csv (label,youtube_id,time_start,time_end,split): files <id>_<start>_<end>.mp4, in class folders or flat."""
+    """Kinetics csv (label,youtube_id,time_start,time_end,split): <id>_<start>_<end>.mp4, in class folders or flat."""
     import csv
     with open(annotation, newline="", encoding="utf-8-sig") as f:
         for i, row in enumerate(csv.DictReader(f), 2):
             try:
                 name = f"{row['youtube_id']}_{int(float(row['time_start'])):06d}_{int(float(row['time_end'])):06d}"
             except (KeyError, TypeError, ValueError):
-                raise ValueError(f"{annotation} row {i}: expected columns label,youtube_id,time_start,time_end") from None
+                raise ValueError(f"{annotation} row {i}: "
+                                 "expected columns label,youtube_id,time_start,time_end") from None
             label = row.get("label") or None
             yield [os.path.join(videos, d, name) for d in (label or "", (label or "").replace(" ", "_"), "")], label
 
 
 def index_ssv2(annotation: str, videos: str, part: str, split: int):
-    """Something-Something v2 json ([{id, template}]): files <id>.webm; the label is the template without its brackets."""
+    """Something-Something v2 json ([{id, template}]): <id>.webm; the label is the template without its brackets."""
     rows = json.load(open(annotation, encoding="utf-8"))
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict) or "id" not in row:
@@ -556,7 +566,8 @@ def index_main(args):
     with open(args.out, "w", encoding="utf-8") as f:
         f.writelines(f"{path}\t{label}\n" if label else f"{path}\n" for path, label in found)
     labels = {label for _, label in found if label}
-    print(f"{args.out}: {len(found)} videos, {len(labels)} classes; {len(missing)} of the annotation's are not in {args.videos}"
+    print(f"{args.out}: {len(found)} videos, {len(labels)} classes; "
+          f"{len(missing)} of the annotation's are not in {args.videos}"
           + "".join(f"\n  missing: {path}" for path, _ in missing[:5]) + ("\n  ..." if len(missing) > 5 else ""))
 
 
@@ -577,11 +588,12 @@ def check_file(job: tuple[str, bool]) -> tuple[str, int, str | None]:
 
 
 def check_main(args):
-    """Reads every file of a data set in parallel; prints and optionally writes which fail; exit status 1 if any does."""
+    """Reads every file of a data set in parallel; prints which fail, can list the rest; exit status 1 if any fails."""
     paths, labels = read_videos(args.source, args.data_root)
     start, bad, total = time.time(), {}, 0
     with multiprocessing.get_context("spawn").Pool(args.num_workers) as pool:
-        for done, (path, n, wrong) in enumerate(pool.imap_unordered(check_file, [(p, args.full) for p in paths], 4), 1):
+        results = pool.imap_unordered(check_file, [(p, args.full) for p in paths], 4)
+        for done, (path, n, wrong) in enumerate(results, 1):
             total += n
             if wrong:
                 bad[path] = wrong
@@ -598,7 +610,8 @@ def check_main(args):
     return 1 if bad else 0
 
 
-def main():
+def main(argv=None) -> int | None:
+    """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     index = commands.add_parser("index", help="turn a public data set's annotation into a list file")
@@ -615,12 +628,12 @@ def main():
     check.add_argument("--full", action="store_true", help="decode every frame, not three per file")
     check.add_argument("--write_good", help="write a list of the files that can be read")
     commands.add_parser("toy", help="write the toy videos to toy/")
-    args = parser.parse_args()
-    try:
-        sys.exit({"index": index_main, "check": check_main, "toy": lambda args: make_toy()}[args.command](args))
-    except (ValueError, OSError) as e:
-        sys.exit(f"data.py: {e}")
+    args = parser.parse_args(argv)
+    return {"index": index_main, "check": check_main, "toy": lambda args: make_toy()}[args.command](args)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as e:
+        sys.exit(f"data.py: {e}")

@@ -1,8 +1,8 @@
 """Masks on a token grid (t, h, w): pure functions, vectorised over the batch, on the device, True = masked.
 
-Tube masking is VideoMAE section 3.3, random and frame masking its ablation (Table 1c), running cells are the decoder mask
-of VideoMAE v2 (section 3.2). Every sample of a batch has the same number of masked tokens, so shapes are static and no
-step waits for the device.
+Tube masking is VideoMAE section 3.3, random and frame masking its ablation (Table 1c), running cells are the decoder
+mask of VideoMAE v2 (section 3.2). Every sample of a batch has the same number of masked tokens, so shapes are static
+and no step waits for the device.
 """
 
 import torch
@@ -36,7 +36,7 @@ def frame_mask(batch: int, grid: tuple, ratio: float, generator=None, device="cp
 def running_cell_mask(batch: int, grid: tuple, ratio: float, generator=None, device="cpu") -> torch.Tensor:
     """(batch, N) bool: int(4*ratio) corners of every 2x2 cell, the phase advancing by one corner per temporal slot.
 
-    Each sample starts at one of 4 phases, so that over 4 slots every position is masked equally often. h and w are even.
+    Each sample starts at one of 4 phases, so that 4 slots mask every position equally often. h and w are even.
     """
     t, h, w = grid
     phase = torch.randint(4, (batch, 1, 1, 1), generator=generator, device=device)

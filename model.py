@@ -1,9 +1,9 @@
-"""VideoMAE (arXiv 2203.12602): plain ViT with joint space-time attention, light decoder, loss; classifier; parameter groups; counts.
+"""VideoMAE (arXiv 2203.12602): plain joint space-time ViT, light decoder, loss; classifier; parameter groups; counts.
 
 B batch, T frames, C channels, H W pixels; t h w token grid, N = t*h*w; N_vis visible tokens, M decoded tokens; D width,
-P = tubelet*patch*patch*C pixels of a cube, flattened as (pt, ph, pw, c). A mask is (B, N) bool, True = masked. Videos come as
-(B, T, H, W, C), uint8 or float in [0,1]: mean and std are applied here, to the cubes that are embedded and no others.
-Parameter names are those of the reference implementation, so released weights load without renaming.
+P = tubelet*patch*patch*C pixels of a cube, flattened as (pt, ph, pw, c). A mask is (B, N) bool, True = masked. Videos
+come as (B, T, H, W, C), uint8 or float in [0,1]: mean and std are applied here, to the cubes that are embedded and no
+others. Parameter names are those of the reference implementation, so released weights load without renaming.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# width, depth, heads; decoder width, depth, heads. L and H: the decoder depth of the released weights (the paper's text: 4).
+# width, depth, heads; decoder width, depth, heads. L and H: the released weights' decoder depth (the paper's text: 4).
 SIZES = {
     "tiny":  dict(width=128, depth=4, heads=4, dec_width=96, dec_depth=2, dec_heads=3),
     "small": dict(width=384, depth=12, heads=6, dec_width=192, dec_depth=4, dec_heads=3),
@@ -28,14 +28,14 @@ SIZES = {
 
 
 def sincos_table(n: int, dim: int) -> torch.Tensor:
-    """(n, dim) float32: sin/cos of the flattened token index, interleaved. float64 inside: float32 angles are off at n=1568."""
+    """(n, dim) float32: sin/cos of the flattened token index, interleaved; float64 inside: float32 is off at n=1568."""
     j = torch.arange(dim, dtype=torch.float64)
     angle = torch.arange(n, dtype=torch.float64)[:, None] / 10000 ** (2 * (j // 2) / dim)
     return torch.where(j % 2 == 0, angle.sin(), angle.cos()).float()
 
 
 def position_table(grid: tuple, dim: int, pos_grid: tuple) -> torch.Tensor:
-    """(N, dim) table for `grid`: the sin-cos table of `pos_grid`, resized (bicubic in space, linear in time) where they differ."""
+    """(N, dim) sin-cos table of `pos_grid`, resized to `grid` (bicubic in space, linear in time) where they differ."""
     table = sincos_table(math.prod(pos_grid), dim)
     if tuple(grid) == tuple(pos_grid):
         return table
@@ -68,16 +68,17 @@ def take(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def split(mask: torch.Tensor, num_visible: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """mask (B, N) -> ids of its False (B, num_visible) and True tokens, each in raster order; None counts them on the host."""
+    """mask (B, N) -> ids of its False (B, num_visible) and True tokens, in raster order; None: counted on the host."""
     num_visible = int((~mask[0]).sum()) if num_visible is None else num_visible
     order = mask.byte().argsort(dim=1, stable=True)
     return order[:, :num_visible], order[:, num_visible:]
 
 
 def normalize_cubes(cubes: torch.Tensor) -> torch.Tensor:
-    """(..., P) uint8, or float in [0,1] -> float32, each cube and channel at zero mean and unit (unbiased) variance: the paper's target.
+    """(..., P) uint8, or float in [0,1] -> float32: zero mean, unit (unbiased) variance per cube and channel.
 
-    (x - mean) / (std + 1e-6) of x in [0,1]; uint8 is not divided first, its eps is 255 times as large: a pass over memory less.
+    The paper's target: (x - mean) / (std + 1e-6) of x in [0,1]. uint8 is not divided first, its eps is 255 times as
+    large: a pass over memory less.
     """
     eps = 255e-6 if cubes.dtype == torch.uint8 else 1e-6
     x = rearrange(cubes, "... (p c) -> ... p c", c=3).float()
@@ -92,10 +93,11 @@ def to_unit(pixels: torch.Tensor) -> torch.Tensor:
 
 
 class HeadwiseAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(d)) v for bf16 on CPU: a few heads at a time, whose N x N matrix stays in cache and is computed again
+    """softmax(q k^T / sqrt(d)) v for bf16 on CPU, a few heads at a time.
 
-    in the backward pass. There torch's fused kernel is the slowest part of a step (measured: 1.3x this one's time at N = 1568,
-    3x at N = 160). Scores are rounded to bf16, as in unfused attention under autocast.
+    Their N x N matrices stay in cache and are computed again in the backward pass. There torch's fused kernel is the
+    slowest part of a step (measured: 1.3x this one's time at N = 1568, 3x at N = 160). Scores are rounded to bf16, as
+    in unfused attention under autocast.
     """
 
     @staticmethod
@@ -201,7 +203,7 @@ class CubeEmbed(nn.Module):
 
 
 class Encoder(nn.Module):
-    """ViT on cubes. `img_size` is a side or (H, W); `pos_grid` is the token grid the position table was made for (default: own)."""
+    """ViT on cubes; `img_size` is a side or (H, W), `pos_grid` the token grid of the position table (default: own)."""
 
     def __init__(self, size="base", num_frames=16, img_size=224, patch_size=16, tubelet_size=2, drop_path=0.0,
                  checkpointing=False, pos_grid=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
@@ -232,8 +234,9 @@ class Encoder(nn.Module):
         self.pos = position_table(self.grid, self.patch_embed.proj.out_channels, pos_grid).to(self.pos.device)
 
     def embed(self, video, ids=None):
-        """(B, T, H, W, C), ids (B, n) of the wanted cubes or None for all -> (B, n, D). Pixels are gathered before any arithmetic."""
-        assert video.shape[1:4] == tuple(g * c for g, c in zip(self.grid, self.cube)), (video.shape, self.grid, self.cube)
+        """(B, T, H, W, C), ids (B, n) of cubes (None: all) -> (B, n, D); pixels are gathered before any arithmetic."""
+        expected = tuple(g * c for g, c in zip(self.grid, self.cube))
+        assert video.shape[1:4] == expected, (video.shape, self.grid, self.cube)
         cubes = patchify(video, self.cube)  # (B, N, P)
         cubes = cubes if ids is None else take(cubes, ids)  # (B, n, P)
         x = self.patch_embed((to_unit(cubes) - self.mean) / self.std)  # (B, n, D)
@@ -261,8 +264,8 @@ class Decoder(nn.Module):
 class VideoMAE(nn.Module):
     """Masked autoencoder (section 3): encoder on visible cubes, decoder, MSE on the masked ones.
 
-    target: "clip" (the paper's choice), "center" (only the clip's centre frame, predicted at its own temporal slot) or "dense"
-    (input every second frame, predict all of them: the video given to forward then has 2*num_frames frames).
+    target: "clip" (the paper's choice), "center" (only the clip's centre frame, predicted at its own temporal slot) or
+    "dense" (input every second frame, predict all of them: the video given to forward then has 2*num_frames frames).
     """
 
     def __init__(self, size="base", num_frames=16, img_size=224, patch_size=16, tubelet_size=2, dec_depth=None,
@@ -271,7 +274,8 @@ class VideoMAE(nn.Module):
         super().__init__()
         if target not in ("clip", "center", "dense"):
             raise ValueError(f"target={target!r}: expected clip, center or dense")
-        self.encoder = Encoder(size, num_frames, img_size, patch_size, tubelet_size, 0.0, checkpointing, pos_grid, mean, std)
+        self.encoder = Encoder(size, num_frames, img_size, patch_size, tubelet_size, 0.0, checkpointing, pos_grid,
+                               mean, std)
         s = SIZES[size]
         dec_depth = s["dec_depth"] if dec_depth is None else dec_depth
         self.grid, self.cube = self.encoder.grid, self.encoder.cube
@@ -300,7 +304,7 @@ class VideoMAE(nn.Module):
         self.dec_pos = position_table(self.grid, self.mask_token.shape[2], pos_grid).to(self.dec_pos.device)
 
     def select(self, mask, decoder_mask=None, num_visible=None, num_decoded=None):
-        """-> ids of visible tokens (B, N_vis), of decoded ones (B, M), and which of these (B, M) count in the loss (None: all)."""
+        """-> ids of visible tokens (B, N_vis), of decoded ones (B, M), which of these (B, M) count (None: all)."""
         visible, ids = split(mask, num_visible)
         if self.target == "center":  # the slot of that frame; its visible positions are decoded too, but do not count
             hw = self.grid[1] * self.grid[2]
@@ -322,11 +326,11 @@ class VideoMAE(nn.Module):
         return normalize_cubes(cubes) if self.norm_pix_loss else to_unit(cubes)
 
     def forward(self, video, mask, decoder_mask=None, num_visible=None, num_decoded=None):
-        """-> (loss, pred): float32 scalar, and the prediction (B, M, P) at the decoded tokens (by default the masked, in raster order).
+        """-> (loss, pred): float32 scalar, (B, M, P) at the decoded tokens (by default the masked, in raster order).
 
-        video (B, T, H, W, C) uint8 or float in [0,1]; mask (B, N) bool with as many True in every row. decoder_mask (B, N):
-        True = not decoded (VideoMAE v2); the loss covers decoded positions that the encoder did not see. The two numbers
-        are counted from the masks when not given, which waits for the device.
+        video (B, T, H, W, C) uint8 or float in [0,1]; mask (B, N) bool with as many True in every row. decoder_mask
+        (B, N): True = not decoded (VideoMAE v2); the loss covers decoded positions that the encoder did not see. The
+        two numbers are counted from the masks when not given, which waits for the device.
         """
         visible, ids, counts = self.select(mask, decoder_mask, num_visible, num_decoded)
         x = self.encoder(video[:, ::2] if self.target == "dense" else video, visible)  # (B, N_vis, D)
@@ -365,9 +369,10 @@ class VideoClassifier(Encoder):
 
 
 def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
-    """AdamW groups {params, weight_decay, lr_scale}: no decay for 1-D parameters and mask_token (section 4 of the recipe);
+    """AdamW groups {params, weight_decay, lr_scale} for weight decay and layer-wise learning rates.
 
-    lr_scale = layer_decay^(depth+1-id) with id 0 for the patch embedding, i+1 for encoder block i; 1 for all that follows.
+    No decay for 1-D parameters and mask_token (section 4 of the recipe). lr_scale = layer_decay^(depth+1-id) with id 0
+    for the patch embedding, i+1 for encoder block i; 1 for all that follows.
     """
     depth = SIZES[model.config["size"]]["depth"]
     groups = {}
@@ -388,16 +393,17 @@ def count_params(model: nn.Module) -> int:
 
 
 def block_macs(n: int, dim: int, depth: int) -> int:
-    """Multiply-adds of `depth` blocks on n tokens: 12nD^2 + 2n^2D each, and 5nD for each of two LayerNorms, as the paper counts."""
+    """Multiply-adds of `depth` blocks on n tokens, as the paper counts: each 12nD^2 + 2n^2D, and 5nD per LayerNorm."""
     return depth * (12 * n * dim ** 2 + 2 * n ** 2 * dim + 10 * n * dim)
 
 
 def forward_macs(model: nn.Module, num_visible=None, num_decoded=None) -> int:
-    """Multiply-adds of one clip's forward pass ("GFLOPs" of the paper, Table 6): of a classifier, or of a VideoMAE at these counts."""
+    """Multiply-adds of one clip's forward pass (Table 6's "GFLOPs"), of a classifier or a VideoMAE at these counts."""
     s, N, P = SIZES[model.config["size"]], math.prod(model.grid), 3 * math.prod(model.cube)
     D, d = s["width"], s["dec_width"]
     if isinstance(model, VideoClassifier):
         return block_macs(N, D, s["depth"]) + N * D * P + D * model.head.out_features + 5 * D
     n, M = num_visible, num_decoded
     encoder = n * D * P + block_macs(n, D, s["depth"]) + 5 * n * D + n * D * d
-    return encoder + block_macs(n + M, d, len(model.decoder.blocks)) + 5 * M * d + M * d * model.decoder.head.out_features
+    head = 5 * M * d + M * d * model.decoder.head.out_features
+    return encoder + block_macs(n + M, d, len(model.decoder.blocks)) + head

@@ -1,10 +1,12 @@
 """python test_all.py [filter]: every claim of this code, checked in under two minutes on two cores.
 
-Comparisons are with slow float64 references, hand-computed values, published numbers, and transformers' VideoMAE where it is installed.
+Comparisons are with slow float64 references, hand-computed values, published numbers, and transformers' VideoMAE where
+it is installed.
 """
 
 import argparse
 import ast
+import contextlib
 import functools
 import json
 import math
@@ -27,8 +29,8 @@ import data
 import masking
 import pretrain
 import weights
-from model import (SIZES, Encoder, VideoClassifier, VideoMAE, count_params, forward_macs, normalize_cubes, param_groups, patchify,
-                   position_table, sincos_table, split, unpatchify)
+from model import (SIZES, Encoder, HeadwiseAttention, VideoClassifier, VideoMAE, count_params, forward_macs,
+                   normalize_cubes, param_groups, patchify, position_table, sincos_table, split, unpatchify)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TESTS = []
@@ -66,7 +68,8 @@ def small(**kw):
 
 def clips(model, batch=2, frames=None):
     t, h, w = (g * c for g, c in zip(model.grid, model.cube))
-    return torch.randint(0, 256, (batch, frames or t, h, w, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    g = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (batch, frames or t, h, w, 3), dtype=torch.uint8, generator=g)
 
 
 def mask_for(model, batch=2, ratio=0.5, kind="tube"):
@@ -92,7 +95,7 @@ def test_published_parameter_counts_and_gflops():
 
 @test
 def test_macs_of_pretraining_are_those_of_its_matmuls():
-    """forward_macs of a VideoMAE equals the multiply-adds that its Linears and attentions carry out, plus the LayerNorms."""
+    """forward_macs of a VideoMAE equals the multiply-adds that its Linears and attentions do, plus the LayerNorms."""
     model, macs = small(), []
     mask = mask_for(model)
     def linear(m, args, out):
@@ -115,7 +118,7 @@ def test_macs_of_pretraining_are_those_of_its_matmuls():
 
 @test
 def test_position_table():
-    """sin/cos of the flattened token index by the formula, exact to float32 at the last of 1568 tokens; resizing keeps what it can."""
+    """sin/cos of the token index by the formula, exact to float32 at token 1567; resizing keeps what it can."""
     table = sincos_table(1568, 768)
     for p, j in ((0, 0), (1, 1), (1567, 0), (1567, 1), (1567, 300), (800, 767)):
         angle = p / 10000 ** (2 * (j // 2) / 768)
@@ -134,7 +137,8 @@ def test_patchify():
     cubes = patchify(video, (2, 4, 4))
     assert cubes.shape == (2, 2 * 2 * 3, 2 * 4 * 4 * 3)
     t, h, w, pt, ph, pw, c = 1, 0, 2, 1, 3, 2, 1
-    assert cubes[1, (t * 2 + h) * 3 + w, ((pt * 4 + ph) * 4 + pw) * 3 + c] == video[1, 2 * t + pt, 4 * h + ph, 4 * w + pw, c]
+    token, pixel = (t * 2 + h) * 3 + w, ((pt * 4 + ph) * 4 + pw) * 3 + c
+    assert cubes[1, token, pixel] == video[1, 2 * t + pt, 4 * h + ph, 4 * w + pw, c]
     assert torch.equal(unpatchify(cubes, (2, 2, 3), (2, 4, 4)), video)
 
 
@@ -142,10 +146,10 @@ def slow_blocks(blocks, x, heads):
     """float64, one sample, one head and one query at a time."""
     for b in blocks:
         p = {k: v.double() for k, v in b.named_parameters()}
-        norm = lambda y, n: (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt() * p[
-            f"{n}.weight"] + p[f"{n}.bias"]
-        q, k, v = norm(x, "norm1") @ p["attn.qkv.weight"].T.chunk(3, 1)[0] + p["attn.q_bias"], norm(x, "norm1") @ p[
-            "attn.qkv.weight"].T.chunk(3, 1)[1], norm(x, "norm1") @ p["attn.qkv.weight"].T.chunk(3, 1)[2] + p["attn.v_bias"]
+        unit = lambda y: (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+        norm = lambda y, n: unit(y) * p[f"{n}.weight"] + p[f"{n}.bias"]
+        q, k, v = (norm(x, "norm1") @ w for w in p["attn.qkv.weight"].T.chunk(3, 1))
+        q, v = q + p["attn.q_bias"], v + p["attn.v_bias"]
         d, out = x.shape[1] // heads, torch.zeros_like(x)
         for h in range(heads):
             s = slice(h * d, (h + 1) * d)
@@ -164,7 +168,8 @@ def slow_videomae(model, video, mask):
     norm = lambda y, n: F.layer_norm(y, y.shape[-1:], P[f"{n}.weight"], P[f"{n}.bias"], 1e-6)
     pixels = video.double() / 255
     x = (pixels - torch.tensor(model.config["mean"]).double()) / torch.tensor(model.config["std"]).double()
-    x = F.conv3d(x.permute(3, 0, 1, 2)[None], P["encoder.patch_embed.proj.weight"], P["encoder.patch_embed.proj.bias"], stride=model.cube)
+    weight, bias = P["encoder.patch_embed.proj.weight"], P["encoder.patch_embed.proj.bias"]
+    x = F.conv3d(x.permute(3, 0, 1, 2)[None], weight, bias, stride=model.cube)
     x = x[0].flatten(1).T + model.encoder.pos.double()
     x = norm(slow_blocks(model.encoder.blocks, x[~mask], s["heads"]), "encoder.norm") @ P["encoder_to_decoder.weight"].T
     x = torch.cat([x + model.dec_pos.double()[~mask], P["mask_token"][0] + model.dec_pos.double()[mask]])
@@ -181,7 +186,7 @@ def slow_videomae(model, video, mask):
 
 @test
 def test_forward_equals_slow_float64_reference():
-    """Loss and prediction equal a loop-by-loop float64 computation that embeds all cubes by Conv3d and drops afterwards."""
+    """Loss and prediction equal a float64 computation in loops that embeds all cubes by Conv3d and drops afterwards."""
     model = small()
     video, mask = clips(model), mask_for(model)
     with torch.no_grad():
@@ -189,6 +194,27 @@ def test_forward_equals_slow_float64_reference():
         slow = [slow_videomae(model, v, m) for v, m in zip(video, mask)]
     assert abs(loss - torch.stack([l for l, _ in slow]).mean()) < 1e-5
     assert (pred - torch.stack([p for _, p in slow])).abs().max() < 1e-5
+
+
+@test
+def test_headwise_attention():
+    """The CPU's bf16 attention and its gradients equal softmax attention in float64, within bf16's precision."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v, grad = torch.randn(4, 3, 2001, 4, dtype=torch.float64, generator=g)  # N so large that heads go one by one
+    assert len(HeadwiseAttention.groups(q)) == 3 and len(HeadwiseAttention.groups(q[:, :100])) == 1
+    def results(attend, dtype):
+        x = [y.detach().to(dtype).requires_grad_() for y in (q, k, v)]
+        out = attend(*x)
+        out.backward(grad.to(dtype))
+        return [out] + [y.grad for y in x]
+    plain = results(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, torch.float64)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 0.02)):
+        for a, b in zip(results(HeadwiseAttention.apply, dtype), plain):
+            assert (a - b).norm() < tolerance * b.norm()
+    model = small()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(clips(model), mask_for(model))[0]
+    assert abs(loss - model(clips(model), mask_for(model))[0]) < 0.02
 
 
 @test
@@ -219,7 +245,7 @@ def test_decoder_mask():
 
 @test
 def test_targets():
-    """Normalised per cube and channel (zeros score (n-1)/n), raw pixels, centre frame and denser clip are what they say."""
+    """Normalised per cube and channel (zeros score (n-1)/n), raw, centre frame and denser clip are what they say."""
     model = small()
     video = clips(model)
     zeros, _ = pretrain.baselines(model, video, mask_for(model))
@@ -268,13 +294,14 @@ def test_checkpointing_gives_the_same_gradients():
 
 @test
 def test_param_groups():
-    """Layer decay is ld^(depth+1-id); 1-D parameters and mask_token have no weight decay; every parameter is in one group."""
+    """Layer decay is ld^(depth+1-id); 1-D parameters and mask_token do not decay; every parameter is in one group."""
     model = VideoClassifier(5, size="tiny", num_frames=4, img_size=16, patch_size=8)
     groups = param_groups(model, 0.05, 0.5)
     where = {id(p): g for g in groups for p in g["params"]}
     assert len(where) == len(list(model.parameters())) == sum(len(g["params"]) for g in groups)
-    expect = {"patch_embed.proj.weight": (0.5 ** 5, 0.05), "patch_embed.proj.bias": (0.5 ** 5, 0), "blocks.0.attn.qkv.weight": (0.5 ** 4, 0.05),
-              "blocks.0.attn.q_bias": (0.5 ** 4, 0), "blocks.3.norm2.weight": (0.5, 0), "fc_norm.weight": (1, 0), "head.weight": (1, 0.05)}
+    expect = {"patch_embed.proj.weight": (0.5 ** 5, 0.05), "patch_embed.proj.bias": (0.5 ** 5, 0),
+              "blocks.0.attn.qkv.weight": (0.5 ** 4, 0.05), "blocks.0.attn.q_bias": (0.5 ** 4, 0),
+              "blocks.3.norm2.weight": (0.5, 0), "fc_norm.weight": (1, 0), "head.weight": (1, 0.05)}
     for name, (scale, decay) in expect.items():
         g = where[id(model.get_parameter(name))]
         assert (g["lr_scale"], g["weight_decay"]) == (scale, decay), name
@@ -319,8 +346,8 @@ def test_reference_layout():
     """Files with model/module, argparse.Namespace, fp16, with and without encoder. load to the same tensors."""
     source = small()
     state = source.state_dict()
-    for top in (dict(model=state, args=argparse.Namespace(lr=1)), dict(module={k: v.half() for k, v in state.items()}), state,
-                {"module." + k: v for k, v in state.items()}):
+    for top in (dict(model=state, args=argparse.Namespace(lr=1)), dict(module={k: v.half() for k, v in state.items()}),
+                state, {"module." + k: v for k, v in state.items()}):
         model = VideoMAE("tiny", num_frames=4, img_size=(16, 24), patch_size=8)
         report = weights.load_pretrained(model, saved("x.pth", top), verbose=False)
         assert not report["new"] and not report["skipped"]
@@ -351,7 +378,8 @@ def test_malicious_and_broken_files_are_refused():
 def test_shape_mismatch_names_both_shapes():
     """Another width is an error with both shapes; another number of classes leaves a new head and says so."""
     with raises("mask_token", "(1, 1, 96)", "(1, 1, 192)"):
-        weights.load_pretrained(VideoMAE("small", num_frames=4, img_size=16, patch_size=8), saved("x.pth", small().state_dict()))
+        wider = VideoMAE("small", num_frames=4, img_size=16, patch_size=8)
+        weights.load_pretrained(wider, saved("x.pth", small().state_dict()))
     make = lambda n: VideoClassifier(n, size="tiny", num_frames=4, img_size=16, patch_size=8)
     report = weights.load_pretrained(make(3), saved("x.pth", make(5).state_dict()), verbose=False)
     assert report["new"]["head.weight"] == "(5, 128) in the file, (3, 128) in this model"
@@ -359,7 +387,7 @@ def test_shape_mismatch_names_both_shapes():
 
 @test
 def test_other_frames_and_sides():
-    """At another T, H, W all tensors load as they are and only the position tables are resized, from the file's own grid."""
+    """At another T, H, W all tensors load as they are; only position tables are resized, from the file's own grid."""
     source = small()
     path = saved("x.pt", dict(model=source.state_dict(), config=source.config))
     model = VideoMAE("tiny", num_frames=8, img_size=32, patch_size=8)
@@ -372,13 +400,15 @@ def test_other_frames_and_sides():
 
 @test
 def test_image_weights_are_inflated():
-    """A timm ViT: patch embedding repeated over the tubelet and divided; qkv.bias without its middle third, outputs unchanged."""
+    """A timm ViT: patch embedding repeated over the tubelet and divided; qkv.bias less its k third; same outputs."""
     torch.manual_seed(0)
     image = Encoder("tiny", num_frames=1, img_size=16, patch_size=8, tubelet_size=1)
     state = {k: torch.randn_like(v) * 0.1 for k, v in image.state_dict().items()}
-    timm = {k: v for k, v in state.items() if not k.endswith(("q_bias", "v_bias"))} | dict(pos_embed=torch.zeros(1, 5, 128))
+    timm = {k: v for k, v in state.items() if not k.endswith(("q_bias", "v_bias"))}
+    timm["pos_embed"] = torch.zeros(1, 5, 128)
     for i in range(4):
-        timm[f"blocks.{i}.attn.qkv.bias"] = torch.cat([state[f"blocks.{i}.attn.q_bias"], torch.randn(128), state[f"blocks.{i}.attn.v_bias"]])
+        q, v = state[f"blocks.{i}.attn.q_bias"], state[f"blocks.{i}.attn.v_bias"]
+        timm[f"blocks.{i}.attn.qkv.bias"] = torch.cat([q, torch.randn(128), v])
     timm["patch_embed.proj.weight"] = state["patch_embed.proj.weight"][:, :, 0]
     image.load_state_dict(state)
     video = Encoder("tiny", num_frames=2, img_size=16, patch_size=8)
@@ -419,7 +449,8 @@ def test_transformers_agrees():
     ours = small(num_frames=16, img_size=112, patch_size=16)
     classifier = VideoClassifier(5, size="tiny", num_frames=16, img_size=112)
     torch.nn.init.normal_(classifier.head.weight)
-    for model, cls in ((ours, transformers.VideoMAEForPreTraining), (classifier, transformers.VideoMAEForVideoClassification)):
+    for model, cls in ((ours, transformers.VideoMAEForPreTraining),
+                       (classifier, transformers.VideoMAEForVideoClassification)):
         state, config = weights.to_hf(model)
         folder = tempfile.mkdtemp(dir=TMP)
         torch.save(state, os.path.join(folder, "pytorch_model.bin"))
@@ -446,10 +477,10 @@ def test_transformers_agrees():
 
 @test
 def test_mask_counts():
-    """The paper's numbers of masked tokens on 8x14x14: tube .9 1408 (160 visible), .75 392 visible, random .9 1411, frame 7 of 8."""
+    """Masked tokens on 8x14x14 as in the paper: tube .9 1408, .75 1176 (392 visible), random .9 1411, frame 7 of 8."""
     grid = (8, 14, 14)
-    for kind, ratio, masked in (("tube", 0.9, 1408), ("tube", 0.75, 1568 - 392), ("tube", 0.95, 1568 - 80), ("random", 0.9, 1411),
-                                ("frame", 0.875, 7 * 196), ("running_cell", 0.5, 784)):
+    for kind, ratio, masked in (("tube", 0.9, 1408), ("tube", 0.75, 1568 - 392), ("tube", 0.95, 1568 - 80),
+                                ("random", 0.9, 1411), ("frame", 0.875, 7 * 196), ("running_cell", 0.5, 784)):
         mask = masking.make_mask(kind, 5, grid, ratio, torch.Generator().manual_seed(0))
         assert mask.shape == (5, 1568) and mask.dtype == torch.bool
         assert (mask.sum(1) == masked).all() and masking.num_masked(kind, grid, ratio) == masked, kind
@@ -460,7 +491,7 @@ def test_mask_counts():
 
 @test
 def test_mask_shapes():
-    """Tubes are the same in all slots, frame masks whole slots; running cells visit each position equally often over four slots."""
+    """Tubes are the same in all slots, frame masks whole slots; running cells visit all positions equally often."""
     g = torch.Generator().manual_seed(0)
     tube = masking.tube_mask(3, (4, 6, 6), 0.5, g).view(3, 4, 36)
     assert (tube == tube[:, :1]).all()
@@ -492,7 +523,7 @@ def test_mask_errors():
 # ---------------------------------------------------------------- data.py
 
 def numbered(n=40, h=64, w=96):
-    """Frames whose left half shows their number: 8 bits as black and white blocks; moving noise beside them, so that GOPs are real."""
+    """Frames with their number on the left (8 bits, black and white blocks) and moving noise beside it: real GOPs."""
     rng, frames = np.random.default_rng(0), np.full((n, h, w, 3), 128, np.uint8)
     noise = rng.integers(0, 255, (h // 8 + 1, w * 4, 3), dtype=np.uint8).repeat(8, 0)[:h]
     for i in range(n):
@@ -543,7 +574,8 @@ def odd_files():
         "10 bit": write("10.mp4", f, codec="libx265", pix_fmt="yuv420p10le", g=12, x265_params="log-level=error"),
         "MJPEG, no key frame structure": write("mj.avi", f, codec="mjpeg", pix_fmt="yuvj420p"),
         "odd size": write("odd.mp4", numbered(40, 63, 97), pix_fmt="yuv444p", g=12),
-        "VP8 with hidden frames": write("vp8.webm", f, codec="libvpx", b=2000000, auto_alt_ref=1, lag_in_frames=16, g=20),
+        "VP8 with hidden frames": write("vp8.webm", f, codec="libvpx", b=2000000, auto_alt_ref=1, lag_in_frames=16,
+                                        g=20),
         "VP9": write("vp9.webm", f, codec="libvpx-vp9", b=2000000, lag_in_frames=16, g=20, cpu_used=8),
         "AV1 or GIF": write("x.gif", f, codec="gif", pix_fmt="rgb8"),
     }
@@ -551,7 +583,7 @@ def odd_files():
 
 @test
 def test_decoding_is_frame_exact():
-    """Any frames in any order of every kind of file are the right ones in presentation order, from memory and by seeking."""
+    """Any frames in any order of every kind of file are the right ones as presented, from memory and by seeking."""
     rng = np.random.default_rng(0)
     keep = data.KEEP_PACKETS
     try:
@@ -600,7 +632,7 @@ def test_rotation_and_pictures():
 
 @test
 def test_broken_videos_give_clear_errors():
-    """Truncated, empty, absent, audio-only and non-video files: the error names the file; a cut file gives its frames or an error."""
+    """Cut, empty, absent, audio-only, non-video files: the error names the file; a cut one gives frames or an error."""
     good = open(odd_files()["B-frames, pyramid, long GOP"], "rb").read()
     cut, empty, text, sound = (os.path.join(TMP, n) for n in ("cut.mp4", "empty.mp4", "text.mp4", "sound.wav"))
     open(cut, "wb").write(good[:len(good) // 2])
@@ -635,9 +667,11 @@ def test_broken_videos_give_clear_errors():
 @test
 def test_list_rows():
     """Commas, tabs and last spaces; paths with spaces and commas; label optional; a row without a path is named."""
-    for row, expect in (("a.mp4 3", ("a.mp4", "3")), ("my dir/a b.mp4 3", ("my dir/a b.mp4", "3")), ("a, b.mp4,jump", ("a, b.mp4", "jump")),
-                        ("a, b.mp4 3", ("a, b.mp4", "3")), ("a b.mp4", ("a b.mp4", None)), ("x y.webm\tlong label", ("x y.webm", "long label")),
-                        ('"q,r.avi",7', ("q,r.avi", "7")), ("noending 4", ("noending", "4")), ("a.mp4,", ("a.mp4", None))):
+    for row, expect in (("a.mp4 3", ("a.mp4", "3")), ("my dir/a b.mp4 3", ("my dir/a b.mp4", "3")),
+                        ("a, b.mp4,jump", ("a, b.mp4", "jump")), ("a, b.mp4 3", ("a, b.mp4", "3")),
+                        ("a b.mp4", ("a b.mp4", None)), ("x y.webm\tlong label", ("x y.webm", "long label")),
+                        ('"q,r.avi",7', ("q,r.avi", "7")), ("noending 4", ("noending", "4")),
+                        ("a.mp4,", ("a.mp4", None))):
         assert data.parse_row(row, "") == expect, (row, data.parse_row(row, ""))
     with raises("list.txt row 3", "word"):
         data.parse_row("word", "list.txt row 3")
@@ -645,7 +679,7 @@ def test_list_rows():
 
 @test
 def test_folders_and_lists():
-    """Class folders give labels, flat folders none; lists honour data_root, CR LF, BOM, comments and blank lines; errors name the source."""
+    """Class folders give labels; lists honour data_root, CR LF, BOM, comments, blank lines; errors name the source."""
     root = os.path.join(TMP, "set")
     for name in ("walk/a.mp4", "run/deep/b.MP4", "run/notes.txt"):
         os.makedirs(os.path.dirname(os.path.join(root, name)), exist_ok=True)
@@ -655,7 +689,8 @@ def test_folders_and_lists():
     assert data.read_videos(os.path.join(root, "walk")) == ([os.path.join(root, "walk", "a.mp4")], [None])
     rows = os.path.join(TMP, "rows.csv")
     open(rows, "w", newline="").write("\ufeff# comment\r\nwalk/a.mp4,0\r\n\r\nrun/deep/b.MP4,1\r\n")
-    assert data.read_videos(rows, root) == ([os.path.join(root, "walk/a.mp4"), os.path.join(root, "run/deep/b.MP4")], ["0", "1"])
+    paths = [os.path.join(root, "walk/a.mp4"), os.path.join(root, "run/deep/b.MP4")]
+    assert data.read_videos(rows, root) == (paths, ["0", "1"])
     with raises("rows.csv", "walk/a.mp4", "data_root"):
         data.read_videos(rows)
     with raises("nowhere", "no such file"):
@@ -669,20 +704,25 @@ def test_folders_and_lists():
 def test_index_layouts():
     """Kinetics, SSv2, UCF101 and HMDB51 annotations become lists with the right paths and labels."""
     videos = os.path.join(TMP, "videos")
-    for name in ("jumping rope/abc_000001_000011.mp4", "12.webm", "Fencing/v_Fencing_g01_c01.avi", "wave/x y.avi", "wave/z.avi"):
+    for name in ("jumping rope/abc_000001_000011.mp4", "12.webm", "Fencing/v_Fencing_g01_c01.avi", "wave/x y.avi",
+                 "wave/z.avi"):
         os.makedirs(os.path.dirname(os.path.join(videos, name)), exist_ok=True)
         open(os.path.join(videos, name), "w").close()
-    note = lambda name, text: (os.makedirs(os.path.join(TMP, "notes"), exist_ok=True), open(os.path.join(TMP, "notes", name), "w").write(text))
-    note("k.csv", "label,youtube_id,time_start,time_end,split\njumping rope,abc,1,11,train\njumping rope,gone,2,12,train\n")
+    os.makedirs(os.path.join(TMP, "notes"), exist_ok=True)
+    note = lambda name, text: open(os.path.join(TMP, "notes", name), "w").write(text)
+    note("k.csv", "label,youtube_id,time_start,time_end,split\n"
+                  "jumping rope,abc,1,11,train\njumping rope,gone,2,12,train\n")
     note("s.json", json.dumps([dict(id="12", label="x", template="Pushing [something] left", placeholders=["a"])]))
     note("u.txt", "Fencing/v_Fencing_g01_c01.avi 1\n")
     note("wave_test_split1.txt", "x y.avi 1 \nz.avi 2 \n")
     for layout, annotation, args, expect in (
-            ("kinetics", "k.csv", [], ["jumping rope/abc_000001_000011.mp4\tjumping rope"]), ("ssv2", "s.json", [], ["12.webm\tPushing something left"]),
-            ("ucf101", "u.txt", [], ["Fencing/v_Fencing_g01_c01.avi\tFencing"]), ("hmdb51", "", ["--part", "test"], ["wave/z.avi\twave"]),
-            ("hmdb51", "", [], ["wave/x y.avi\twave"])):
+            ("kinetics", "k.csv", [], ["jumping rope/abc_000001_000011.mp4\tjumping rope"]),
+            ("ssv2", "s.json", [], ["12.webm\tPushing something left"]),
+            ("ucf101", "u.txt", [], ["Fencing/v_Fencing_g01_c01.avi\tFencing"]),
+            ("hmdb51", "", ["--part", "test"], ["wave/z.avi\twave"]), ("hmdb51", "", [], ["wave/x y.avi\twave"])):
         out = os.path.join(TMP, "list.tsv")
-        run("data.py", "index", layout, os.path.join(TMP, "notes", annotation), videos, out, *args)
+        with contextlib.redirect_stdout(None):
+            data.main(["index", layout, os.path.join(TMP, "notes", annotation), videos, out, *args])
         assert open(out).read().splitlines() == [os.path.join(videos, e) for e in expect], layout
         assert data.read_videos(out)[1] == [expect[0].split("\t")[1]]
 
@@ -691,13 +731,16 @@ def test_index_layouts():
 def test_samplers():
     """Dense, sparse and by-time indices equal hand-computed ones; the start is uniform over [0, n - frames*stride]."""
     class Low:
-        integers, random = staticmethod(lambda n: 0), staticmethod(lambda n=None: 0.0 if n is None else np.zeros(n))
+        integers = staticmethod(lambda n: 0)
+        random = staticmethod(lambda n=None: 0.0 if n is None else np.zeros(n))
     class High:
-        integers, random = staticmethod(lambda n: n - 1), staticmethod(lambda n=None: 0.999 if n is None else np.full(n, 0.999))
+        integers = staticmethod(lambda n: n - 1)
+        random = staticmethod(lambda n=None: 0.999 if n is None else np.full(n, 0.999))
     assert data.sample_dense(Low, 100, 16, 4).tolist() == list(range(0, 64, 4))
     assert data.sample_dense(High, 100, 16, 4).tolist() == list(range(36, 100, 4))
     assert data.sample_dense(High, 10, 8, 4).tolist() == [0, 4, 8, 8, 8, 8, 8, 8]
-    assert data.sample_sparse(Low, 32, 4).tolist() == [0, 8, 16, 24] and data.sample_sparse(High, 32, 4).tolist() == [7, 15, 23, 31]
+    assert data.sample_sparse(Low, 32, 4).tolist() == [0, 8, 16, 24]
+    assert data.sample_sparse(High, 32, 4).tolist() == [7, 15, 23, 31]
     assert data.sample_sparse(High, 2, 4).tolist() == [0, 0, 1, 1]
     times = np.array([0, 0.1, 0.2, 0.5, 0.6, 1.0]) + 7
     assert data.sample_by_time(Low, times, 4, 4).tolist() == [0, 2, 3, 4]
@@ -708,7 +751,7 @@ def test_samplers():
 
 @test
 def test_crops():
-    """Multi-scale crops lie inside, have allowed sides, reach all 13 anchors; cropping and resizing put pixels where they belong."""
+    """Multi-scale crops lie inside, have allowed sides, reach all 13 anchors; crop_resize puts pixels in place."""
     seen = set()
     for s in range(2000):
         y, x, h, w = data.multi_scale_crop(np.random.default_rng(s), 256, 340)
@@ -717,15 +760,17 @@ def test_crops():
         assert abs(sides.index(h) - sides.index(w)) <= 1
         if (h, w) == (192, 224):
             seen.add((y // 16, x // 29))
-    assert seen == {(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2), (1, 1), (1, 3), (3, 1), (3, 3)}
+    assert seen == {(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2),
+                    (1, 1), (1, 3), (3, 1), (3, 3)}
     clip = np.random.default_rng(0).integers(0, 255, (2, 20, 30, 3), dtype=np.uint8)
     assert (data.crop_resize(clip, (3, 5, 8, 10), 8, 10).numpy() == clip[:, 3:11, 5:15]).all()
     flat = np.repeat(np.repeat(clip[:, ::4, ::4], 4, 1), 4, 2)[:, :20, :28]
     down = data.crop_resize(flat, (0, 0, 20, 28), 5, 7).numpy().astype(int)
-    blocks = flat.reshape(2, 5, 4, 7, 4, 3)[:, :, 0, :, 0].astype(float)  # antialiased: weights .125 .75 .125 of the neighbours
+    blocks = flat.reshape(2, 5, 4, 7, 4, 3)[:, :, 0, :, 0].astype(float)
     pad = np.pad(blocks, ((0, 0), (1, 1), (1, 1), (0, 0)), "edge")[:, 1:-1, 1:-1]
-    assert abs(down[:, 2, 3] - sum(a * b * blocks[:, 2 + i, 3 + j] for a, i in ((.125, -1), (.75, 0), (.125, 1))
-                                   for b, j in ((.125, -1), (.75, 0), (.125, 1)))).max() <= 1 and pad.shape == blocks.shape
+    near = ((.125, -1), (.75, 0), (.125, 1))  # antialiased: weights .125 .75 .125 of the neighbours
+    expect = sum(a * b * blocks[:, 2 + i, 3 + j] for a, i in near for b, j in near)
+    assert abs(down[:, 2, 3] - expect).max() <= 1 and pad.shape == blocks.shape
 
 
 @test
@@ -758,7 +803,8 @@ def test_clips_do_not_depend_on_workers():
     made = []
     for workers in (0, 1, 2):
         ds = data.PretrainClips(paths, 4, (32, 32), 2, repeat_aug=2, flip=True, seed=5)
-        loader = torch.utils.data.DataLoader(ds, batch_sampler=data.Batches(12, 4, 1, 0, 1, 2, 6, 5), num_workers=workers, collate_fn=data.collate)
+        loader = torch.utils.data.DataLoader(ds, batch_sampler=data.Batches(12, 4, 1, 0, 1, 2, 6, 5),
+                                             num_workers=workers, collate_fn=data.collate)
         made.append([clips for clips, _ in loader])
     assert len(made[0]) == 4 and made[0][0].shape == (8, 4, 32, 32, 3) and made[0][0].dtype == torch.uint8
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*made))
@@ -768,9 +814,9 @@ def test_clips_do_not_depend_on_workers():
 @test
 def test_batches():
     """Every epoch is a permutation; ranks and accumulation cut the same stream; a later start gives the same rest."""
-    stream = lambda b, acc, world, first=0, last=6: [
-        [k for r in range(world) for k in batches[r][i]] for batches in [[list(data.Batches(7, b, acc, r, world, first, last, 0))
-                                                                          for r in range(world)]] for i in range(len(batches[0]))]
+    def stream(b, acc, world, first=0, last=6):
+        ranks = [data.Batches(7, b, acc, r, world, first, last, 0) for r in range(world)]
+        return [sum(batches, []) for batches in zip(*ranks, strict=True)]
     one = sum(stream(4, 1, 1), [])
     assert [sorted(i for e, i in one if e == epoch) for epoch in range(3)] == [list(range(7))] * 3
     assert one == sum(stream(2, 1, 2), []) == sum(stream(2, 2, 1), []) == sum(stream(1, 2, 2), [])
@@ -779,13 +825,14 @@ def test_batches():
 
 @test
 def test_bad_videos_are_replaced_and_named():
-    """In training a broken file gives way to another one, drawn from (seed, epoch, index), and is reported; ten in a row give None."""
+    """A broken file is reported and gives way to another, drawn from (seed, epoch, index); ten in a row give None."""
     paths, _ = data.read_videos(toy_videos())
     broken = os.path.join(TMP, "broken.mp4")
     open(broken, "w").write("x")
     ds = data.PretrainClips(paths + [broken], 4, (32, 32), 1)
     clip, bad = ds[0, len(paths)]
-    assert [p for p, _ in bad] == [broken] * len(bad) and bad and broken in bad[0][1] and torch.equal(clip, ds[0, len(paths)][0])
+    assert [p for p, _ in bad] == [broken] * len(bad) and bad and broken in bad[0][1]
+    assert torch.equal(clip, ds[0, len(paths)][0])
     assert data.PretrainClips([broken], 4, (32, 32), 1)[0, 0][0] is None
     out = run("data.py", "check", os.path.dirname(broken), "--full", ok=False, cwd=toy_videos())
     assert "broken.mp4: cannot be opened" in out
@@ -804,15 +851,20 @@ def test_text_is_drawn():
 
 def run(script, *args, ok=True, ranks=None, cwd=None, env={}):
     """Runs a script, on torchrun ranks if told; returns its output."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(20000 + os.getpid() % 20000)]
-    out = subprocess.run((start if ranks else [sys.executable]) + [os.path.join(HERE, script), *map(str, args)], cwd=cwd or TMP, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+    command = [sys.executable]
+    if ranks:
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
+                    "--master_port", str(20000 + os.getpid() % 20000)]
+    command += [os.path.join(HERE, script), *map(str, args)]
+    out = subprocess.run(command, cwd=cwd or TMP, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                         env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
     assert (out.returncode == 0) == ok, f"exit status {out.returncode}\n{out.stdout[-3000:]}"
     return out.stdout
 
 
-TINY = ["--size", "tiny", "--num_frames", 4, "--img_size", 16, "--patch_size", 8, "--sampling_rate", 1, "--dtype", "fp32", "--mask_ratio", 0.5,
-        "--max_steps", 6, "--lr", 0.02, "--log_every", 1, "--epochs", 4, "--warmup_epochs", 1, "--num_workers", 0, "--device", "cpu"]
+TINY = ["--size", "tiny", "--num_frames", 4, "--img_size", 16, "--patch_size", 8, "--sampling_rate", 1,
+        "--dtype", "fp32", "--mask_ratio", 0.5, "--max_steps", 6, "--lr", 0.02, "--log_every", 1, "--epochs", 4,
+        "--warmup_epochs", 1, "--num_workers", 0, "--device", "cpu"]
 
 
 def tiny_run(name, *args, **kw):
@@ -836,7 +888,8 @@ def test_killed_and_resumed_is_bit_identical():
     """SIGKILL at any moment, resume, with workers: the same weights to the last bit, and one log row per step."""
     name = os.path.join(TMP, "killed")
     args = [*TINY, "--data", toy_videos(), "--out_dir", name, "--batch_size", 4, "--num_workers", 2, "--save_every", 2]
-    process = subprocess.Popen([sys.executable, os.path.join(HERE, "pretrain.py"), *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    command = [sys.executable, os.path.join(HERE, "pretrain.py"), *map(str, args)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
     log = os.path.join(name, "log.jsonl")
     while not os.path.exists(log) or len(open(log).readlines()) < 3:
@@ -852,27 +905,30 @@ def test_killed_and_resumed_is_bit_identical():
 
 @test
 def test_accumulation_and_ranks_equal_a_bigger_batch():
-    """Two ranks x 2, and 2 accumulated x 2, give the weights of batch 4 (fp32, within 2e-5 after 6 AdamW steps); so do masks and clips."""
+    """Two ranks x 2, and 2 accumulated x 2, give batch 4's weights (fp32, 2e-5 after 6 AdamW steps), masks, clips."""
     assert difference(tiny_run("accum", "--batch_size", 2, "--accum_steps", 2)[1], reference_run()) < 2e-5
     assert difference(tiny_run("ranks", "--batch_size", 2, ranks=2)[1], reference_run()) < 2e-5
-    rows = [[json.loads(r) for r in open(os.path.join(TMP, name, "log.jsonl"))] for name in ("reference", "ranks", "accum")]
+    rows = [[json.loads(r) for r in open(os.path.join(TMP, name, "log.jsonl"))]
+            for name in ("reference", "ranks", "accum")]
     for a, b, c in zip(*rows):
         assert abs(a["loss"] - b["loss"]) < 1e-5 and abs(a["loss"] - c["loss"]) < 1e-5 and a["lr"] == b["lr"] == c["lr"]
 
 
 @test
 def test_signal_saves_and_other_runs_are_kept():
-    """SIGTERM saves and says so; another run in the same out_dir is refused while one is unfinished, and set aside when it is finished."""
+    """SIGTERM saves and says so; an unfinished run in out_dir refuses another one, a finished one is set aside."""
     name = os.path.join(TMP, "signal")
     args = [*TINY, "--data", toy_videos(), "--out_dir", name, "--batch_size", 4, "--max_steps", 1000]
-    process = subprocess.Popen([sys.executable, os.path.join(HERE, "pretrain.py"), *map(str, args)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, os.path.join(HERE, "pretrain.py"), *map(str, args)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step 2/"):
             process.send_signal(signal.SIGTERM)
             break
     rest = process.communicate()[0]
     step = torch.load(os.path.join(name, "last.pt"), weights_only=True)["step"]
-    assert f"saved {name}/last.pt at step {step}" in rest and 2 <= step < 1000 and process.returncode == 0
+    assert f"saved {name}/last.pt at step {step}" in rest and 2 <= step < 1000
+    assert process.returncode == 128 + signal.SIGTERM
     text, _ = tiny_run("signal", "--batch_size", 4, "--lr", 0.01, ok=False)
     assert "unfinished run" in text and "lr 0.02 -> 0.01" in text and "Traceback" not in text
     text, _ = tiny_run("reference_copy", "--batch_size", 4, "--max_steps", 1)
@@ -899,9 +955,11 @@ def test_nonfinite_steps_are_skipped_on_the_device():
 @test
 def test_user_mistakes():
     """Impossible flags and bad data: exit status not 0, the value named, no traceback."""
-    for args, words in ((["--mask_ratio", 1.2], ["mask_ratio=1.2"]), (["--img_size", 20], ["img_size=20"]), (["--batch_size", 0], ["--batch_size 0"]),
+    out = os.path.join(TMP, "mistake")
+    for args, words in ((["--mask_ratio", 1.2], ["mask_ratio=1.2"]), (["--img_size", 20], ["img_size=20"]),
+                        (["--batch_size", 0], ["--batch_size 0"]),
                         (["--data", "nowhere"], ["nowhere", "no such file"]), (["--resume"], ["--resume"])):
-        text = run("pretrain.py", *TINY, "--data", toy_videos(), "--out_dir", os.path.join(TMP, "mistake"), *args, ok=False)
+        text = run("pretrain.py", *TINY, "--data", toy_videos(), "--out_dir", out, *args, ok=False)
         assert all(w in text for w in words) and "Traceback" not in text, text
 
 
@@ -924,19 +982,19 @@ def test_every_flag_is_read():
     pretrain_args = pretrain.get_args(["--toy", "--max_steps", "3"])
     assert pretrain_args.size == "tiny" and pretrain_args.max_steps == 3
     defaults = pretrain.get_args([])
-    assert (defaults.size, defaults.num_frames, defaults.sampling_rate, defaults.mask_ratio, defaults.lr, defaults.beta2, defaults.epochs) == (
-        "base", 16, 4, 0.9, 1.5e-4, 0.95, 800)
+    assert (defaults.size, defaults.num_frames, defaults.sampling_rate, defaults.mask_ratio) == ("base", 16, 4, 0.9)
+    assert (defaults.lr, defaults.beta2, defaults.epochs) == (1.5e-4, 0.95, 800)
 
 
 @test
 def test_files_are_as_the_style_wants():
-    """Lines up to 140 columns, public functions with docstrings, everything parses."""
-    for script in ("model.py", "weights.py", "masking.py", "data.py", "pretrain.py"):
+    """Lines up to 120 columns, these tests' too; public functions with docstrings; everything parses."""
+    for script in ("model.py", "weights.py", "masking.py", "data.py", "test_all.py", "pretrain.py"):
         text = open(os.path.join(HERE, script)).read()
         for n in ast.parse(text).body:
             if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name not in ("main", "get_args"):
-                assert ast.get_docstring(n), f"{script}: {n.name} has no docstring"
-        long = [i for i, line in enumerate(text.splitlines(), 1) if len(line) > 140]
+                assert script == "test_all.py" or ast.get_docstring(n), f"{script}: {n.name} has no docstring"
+        long = [i for i, line in enumerate(text.splitlines(), 1) if len(line) > 120]
         assert not long, f"{script}: lines {long} are too long"
 
 

@@ -1,6 +1,7 @@
 """Weights of others: reading our checkpoints, the reference layout, Hugging Face's and timm's; writing Hugging Face's.
 
-Beside model.py, not in it, so that the model stays readable in one sitting. Inside this project everything has the reference's names.
+Beside model.py, not in it, so that the model stays readable in one sitting. Inside this project everything has the
+reference's names.
 """
 
 import argparse
@@ -24,7 +25,7 @@ HF_NAMES = [(r"^videomae\.embeddings\.patch_embeddings\.projection\.", "patch_em
 
 
 def to_reference(state: dict) -> dict:
-    """A state dict in our, the reference's, Hugging Face's or timm's layout -> reference names without "encoder.", float32."""
+    """A state dict in our, the reference's, HF's or timm's layout -> reference names without "encoder.", float32."""
     out = {}
     for name, x in state.items():
         if name.startswith(("videomae.", "decoder.decoder_layers.", "classifier.")):
@@ -41,7 +42,7 @@ def to_reference(state: dict) -> dict:
 
 
 def read_weights(path: str) -> tuple[dict, list | None]:
-    """-> state dict in reference names, and the token grid its positions were made for (None: images). ValueError names the file."""
+    """-> state dict in reference names, token grid of its positions (None: images); ValueError names the file."""
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     if os.path.isdir(path):
         found = [f for f in ("model.safetensors", "pytorch_model.bin") if os.path.exists(os.path.join(path, f))]
@@ -79,18 +80,21 @@ def read_weights(path: str) -> tuple[dict, list | None]:
 def load_pretrained(model: nn.Module, path: str, verbose: bool = True) -> dict:
     """Loads a file (or Hugging Face folder) of any known layout into a VideoMAE or VideoClassifier of any T, H, W.
 
-    Position tables are resized from the file's token grid, image patch embeddings repeated over the tubelet and divided by
-    its length; nothing else is changed. Returns {"loaded": [names], "skipped": {name: why}, "new": {name: why}} and prints it.
-    ValueError names the parameter and both shapes where they differ, except for heads, which are skipped and start new.
+    Position tables are resized from the file's token grid, image patch embeddings repeated over the tubelet and divided
+    by its length; nothing else is changed. Returns {"loaded": [names], "skipped": {name: why}, "new": {name: why}} and
+    prints it. ValueError names the parameter and both shapes where they differ, except for heads, which are skipped and
+    start new.
     """
     source, grid = read_weights(path)
     want = model.state_dict()
     if isinstance(model, VideoMAE):
-        source = {f"encoder.{k}" if k.startswith(("patch_embed.", "blocks.", "norm.")) else k: v for k, v in source.items()}
+        source = {f"encoder.{k}" if k.startswith(("patch_embed.", "blocks.", "norm.")) else k: v
+                  for k, v in source.items()}
         if "encoder.norm.weight" in want and "encoder.norm.weight" not in source and "mask_token" in source:
-            model.encoder.norm, model.config["encoder_norm"] = nn.Identity(), False  # HF files made with use_mean_pooling
+            model.encoder.norm = nn.Identity()  # HF files made with use_mean_pooling
+            model.config["encoder_norm"] = False
             want = model.state_dict()
-    report = dict(loaded=[], skipped={}, new={})
+    report, fits = dict(loaded=[], skipped={}, new={}), {}
     for name, x in source.items():
         if name not in want:
             report["skipped"][name] = "no such parameter in this model"
@@ -101,21 +105,23 @@ def load_pretrained(model: nn.Module, path: str, verbose: bool = True) -> dict:
             if x.shape[2] == 1 and y.shape[2] > 1:
                 x = repeat(x, "d c 1 h w -> d c t h w", t=y.shape[2]) / y.shape[2]  # I3D mean
         if x.shape == y.shape:
-            y.copy_(x)  # state_dict() shares storage with the model
-            report["loaded"].append(name)
+            fits[name] = x
         elif "head." in name:
             report["skipped"][name] = f"{tuple(x.shape)} in the file, {tuple(y.shape)} in this model"
         else:
-            raise ValueError(f"{path}: {name} is {tuple(x.shape)} in the file, {tuple(y.shape)} in this model: other size, "
-                             "patch_size or tubelet_size?")
-    if not report["loaded"]:
-        raise ValueError(f"{path}: no parameter fits; it holds {list(source)[:3]}..., the model wants {list(want)[:3]}...")
-    report["new"] = {k: report["skipped"].get(k, "not in the file") for k in want if k not in report["loaded"]}
+            raise ValueError(f"{path}: {name} is {tuple(x.shape)} in the file, {tuple(y.shape)} in this model: "
+                             "other size, patch_size or tubelet_size?")
+    if not fits:
+        raise ValueError(f"{path}: no parameter fits; it holds {list(source)[:3]}..., "
+                         f"the model wants {list(want)[:3]}...")
+    model.load_state_dict(fits, strict=False)
+    report["loaded"] = list(fits)
+    report["new"] = {k: report["skipped"].get(k, "not in the file") for k in want if k not in fits}
     if grid:
         model.set_positions(grid)
     if verbose:
-        print(f"{path}: {len(report['loaded'])} tensors loaded; positions made for token grid {grid or 'of images, not used'}, "
-              f"model has {model.grid}")
+        print(f"{path}: {len(report['loaded'])} tensors loaded; "
+              f"positions made for token grid {grid or 'of images, not used'}, model has {model.grid}")
         for what in ("skipped", "new"):
             stems = {}
             for k, why in report[what].items():  # one line per part and reason
@@ -128,7 +134,7 @@ def load_pretrained(model: nn.Module, path: str, verbose: bool = True) -> dict:
 def to_hf(model: nn.Module) -> tuple[dict, dict]:
     """-> (state dict, config.json as a dict) of transformers' VideoMAEForPreTraining or VideoMAEForVideoClassification.
 
-    transformers fixes eps 1e-5 in decoder.norm and fc_norm where this model has 1e-6: outputs agree to about 1e-4, not exactly.
+    transformers fixes eps 1e-5 in decoder.norm and fc_norm where this model has 1e-6: outputs agree to about 1e-4.
     """
     c, s, pretrain = model.config, SIZES[model.config["size"]], isinstance(model, VideoMAE)
     if pretrain and model.target != "clip" or c["pos_grid"] != list(model.grid):
@@ -150,14 +156,16 @@ def to_hf(model: nn.Module) -> tuple[dict, dict]:
         else:
             state[name] = x.clone()
     H, W = c["img_size"]
-    config = dict(model_type="videomae", architectures=["VideoMAEForPreTraining" if pretrain else "VideoMAEForVideoClassification"],
+    architecture = "VideoMAEForPreTraining" if pretrain else "VideoMAEForVideoClassification"
+    config = dict(model_type="videomae", architectures=[architecture],
                   image_size=H if H == W else [H, W], patch_size=c["patch_size"], num_frames=c["num_frames"],
                   tubelet_size=c["tubelet_size"], hidden_size=s["width"], num_hidden_layers=s["depth"],
                   num_attention_heads=s["heads"], intermediate_size=4 * s["width"], layer_norm_eps=1e-6,
                   use_mean_pooling=not (pretrain and c["encoder_norm"]))
     if pretrain:
-        config |= dict(decoder_hidden_size=s["dec_width"], decoder_num_hidden_layers=c["dec_depth"], decoder_num_attention_heads=s["dec_heads"],
-                       decoder_intermediate_size=4 * s["dec_width"], norm_pix_loss=c["norm_pix_loss"])
+        config |= dict(decoder_hidden_size=s["dec_width"], decoder_num_hidden_layers=c["dec_depth"],
+                       decoder_num_attention_heads=s["dec_heads"], decoder_intermediate_size=4 * s["dec_width"],
+                       norm_pix_loss=c["norm_pix_loss"])
     else:
         config["id2label"] = {str(i): f"LABEL_{i}" for i in range(c["num_classes"])}
     return state, config
