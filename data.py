@@ -252,9 +252,11 @@ class VideoReader:
                             if frame.is_corrupt:
                                 raise VideoError(f"{self.path}: frame {i} of {len(self)} is damaged")
                             found[i] = self.convert(frame)
-        except (av.FFmpegError, OSError) as e:
-            done = max(found, default=-1)
-            raise VideoError(f"{self.path}: damaged after frame {done} of {len(self)} ({e.strerror or e})") from None
+        except VideoError:
+            raise
+        except (av.FFmpegError, OSError, ValueError) as e:
+            done, why = max(found, default=-1), getattr(e, "strerror", None) or e
+            raise VideoError(f"{self.path}: damaged after frame {done} of {len(self)} ({why})") from None
         missing = [i for i in indices if i not in found]
         if missing:
             raise VideoError(f"{self.path}: frame {missing[0]} of {len(self)} gives no picture")
@@ -311,7 +313,7 @@ def resize(clip: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 def multi_scale_crop(rng, height: int, width: int, scales=(1, 0.875, 0.75, 0.66)) -> tuple[int, int, int, int]:
     """-> (top, left, h, w): sides int(short side * scale), scale indices at most 1 apart, at one of 13 anchors."""
-    sides = [int(min(height, width) * s) for s in scales]
+    sides = [max(1, int(min(height, width) * s)) for s in scales]
     pairs = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
     h, w = pairs[rng.integers(len(pairs))]
     # corners, centre, edge midpoints, quarter points, in quarters of the free space

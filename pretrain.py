@@ -297,9 +297,9 @@ def main():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         num_workers = min(10, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
-    def init_worker(_):  # the main process alone decides what Ctrl-C and SIGTERM mean
+    def init_worker(_):  # a terminal and a job scheduler signal all processes: the main one decides, workers go on
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     batches = data.Batches(len(paths), args.batch_size, args.accum_steps, rank, world, first_step, total_steps,
                            args.seed)
     loader = torch.utils.data.DataLoader(

@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import os
+import random
 import re
 import signal
 import subprocess
@@ -849,15 +850,26 @@ def test_text_is_drawn():
 
 # ---------------------------------------------------------------- pretrain.py
 
-def run(script, *args, ok=True, ranks=None, cwd=None, env={}):
-    """Runs a script, on torchrun ranks if told; returns its output."""
-    command = [sys.executable]
-    if ranks:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
-                    "--master_port", str(20000 + os.getpid() % 20000)]
-    command += [os.path.join(HERE, script), *map(str, args)]
-    out = subprocess.run(command, cwd=cwd or TMP, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                         env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+def start(script, *args, ranks=None, cwd=None):
+    """Starts a script, on torchrun ranks if told; its output is a pipe."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
+    return subprocess.Popen([sys.executable, *torchrun, os.path.join(HERE, script), *map(str, args)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=cwd or TMP,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def kill_tree(pid):
+    """SIGKILL to a process and all below it: torchrun puts each rank into a session of its own."""
+    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+    os.kill(pid, signal.SIGKILL)
+    for child in children:
+        kill_tree(int(child))
+
+
+def run(script, *args, ok=True, **kw):
+    """Runs a script to its end; returns its output."""
+    out = start(script, *args, **kw)
+    out.stdout = out.communicate()[0]
     assert (out.returncode == 0) == ok, f"exit status {out.returncode}\n{out.stdout[-3000:]}"
     return out.stdout
 
@@ -879,37 +891,36 @@ def difference(a, b):
 
 
 @functools.cache
-def reference_run():
-    return tiny_run("reference", "--batch_size", 4)[1]
+def whole_run(ranks=None):
+    """The weights after a run of batch 4 that nothing interrupts, on one process or on ranks."""
+    return tiny_run(f"whole_{ranks}", "--batch_size", 4 // (ranks or 1), ranks=ranks)[1]
 
 
 @test
 def test_killed_and_resumed_is_bit_identical():
-    """SIGKILL at any moment, resume, with workers: the same weights to the last bit, and one log row per step."""
-    name = os.path.join(TMP, "killed")
-    args = [*TINY, "--data", toy_videos(), "--out_dir", name, "--batch_size", 4, "--num_workers", 2, "--save_every", 2]
-    command = [sys.executable, os.path.join(HERE, "pretrain.py"), *map(str, args)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
-    log = os.path.join(name, "log.jsonl")
-    while not os.path.exists(log) or len(open(log).readlines()) < 3:
-        assert process.poll() is None, "ended before it could be killed"
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
-    text, model = tiny_run("killed", "--batch_size", 4, "--num_workers", 1)
-    assert "resumed" in text and "step 6/6" in text
-    assert difference(model, reference_run()) == 0
-    assert [json.loads(r)["step"] for r in open(log)] == [1, 2, 3, 4, 5, 6]
+    """SIGKILL at a random step, resume: bit-identical weights, with workers and on 2 ranks; one log row per step."""
+    for ranks in (None, 2):
+        name, batch = os.path.join(TMP, f"killed_{ranks}"), ["--batch_size", 4 // (ranks or 1)]
+        args = [*TINY, "--data", toy_videos(), "--out_dir", name, *batch, "--num_workers", 2, "--save_every", 2]
+        process, last_step = start("pretrain.py", *args, ranks=ranks), random.randint(3, 5)
+        for line in process.stdout:
+            if line.startswith(f"step {last_step}/"):
+                kill_tree(process.pid)
+                break
+        process.communicate()
+        text, model = tiny_run(f"killed_{ranks}", *batch, "--num_workers", 1, ranks=ranks)
+        assert "resumed" in text and "step 6/6" in text, text
+        assert difference(model, whole_run(ranks)) == 0
+        assert [json.loads(r)["step"] for r in open(os.path.join(name, "log.jsonl"))] == [1, 2, 3, 4, 5, 6]
 
 
 @test
 def test_accumulation_and_ranks_equal_a_bigger_batch():
     """Two ranks x 2, and 2 accumulated x 2, give batch 4's weights (fp32, 2e-5 after 6 AdamW steps), masks, clips."""
-    assert difference(tiny_run("accum", "--batch_size", 2, "--accum_steps", 2)[1], reference_run()) < 2e-5
-    assert difference(tiny_run("ranks", "--batch_size", 2, ranks=2)[1], reference_run()) < 2e-5
+    assert difference(tiny_run("accum", "--batch_size", 2, "--accum_steps", 2)[1], whole_run()) < 2e-5
+    assert difference(whole_run(2), whole_run()) < 2e-5
     rows = [[json.loads(r) for r in open(os.path.join(TMP, name, "log.jsonl"))]
-            for name in ("reference", "ranks", "accum")]
+            for name in ("whole_None", "whole_2", "accum")]
     for a, b, c in zip(*rows):
         assert abs(a["loss"] - b["loss"]) < 1e-5 and abs(a["loss"] - c["loss"]) < 1e-5 and a["lr"] == b["lr"] == c["lr"]
 
@@ -918,12 +929,13 @@ def test_accumulation_and_ranks_equal_a_bigger_batch():
 def test_signal_saves_and_other_runs_are_kept():
     """SIGTERM saves and says so; an unfinished run in out_dir refuses another one, a finished one is set aside."""
     name = os.path.join(TMP, "signal")
-    args = [*TINY, "--data", toy_videos(), "--out_dir", name, "--batch_size", 4, "--max_steps", 1000]
-    command = [sys.executable, os.path.join(HERE, "pretrain.py"), *map(str, args)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    args = [*TINY, "--data", toy_videos(), "--out_dir", name, "--batch_size", 4, "--max_steps", 1000, "--num_workers", 1]
+    process = start("pretrain.py", *args)
     for line in process.stdout:
         if line.startswith("step 2/"):
-            process.send_signal(signal.SIGTERM)
+            worker = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()[0]
+            for pid in (int(worker), process.pid):  # a scheduler signals them all
+                os.kill(pid, signal.SIGTERM)
             break
     rest = process.communicate()[0]
     step = torch.load(os.path.join(name, "last.pt"), weights_only=True)["step"]
@@ -974,7 +986,7 @@ def test_lr_schedule():
 @test
 def test_every_flag_is_read():
     """No script has a flag that nothing reads, a type=bool, or an unsafe torch.load."""
-    for script in ("pretrain.py", "data.py"):
+    for script in ("pretrain.py", "data.py", "bench.py"):
         text = open(os.path.join(HERE, script)).read()
         for flag in re.findall(r'add_argument\("(?:--)?(\w+)"', text):
             assert f"args.{flag}" in text or flag == "toy", f"{script}: {flag} is never read"
