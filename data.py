@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
 import sys
 import time
 from collections import OrderedDict
@@ -487,7 +488,7 @@ def make_toy(root: str = "toy", log=print):
         if not os.path.isdir(os.path.join(root, "val")):
             raise ValueError(f"{root}/ exists but does not hold the toy videos (no {root}/val): move it away")
         return
-    part = f"{root}.{os.getpid()}.part"
+    part = f"{root}.{socket.gethostname()}.{os.getpid()}.part"  # several processes may write at once
     log(f"writing {TOY_TRAIN + TOY_VAL} toy videos to {root}/")
     for split, seed, count in (("train", 0, TOY_TRAIN), ("val", 1, TOY_VAL)):
         for i in range(count):

@@ -92,7 +92,7 @@ def get_args(argv=None):
     p.add_argument("--toy", action="store_true", help="presets for minutes on two CPU cores; other flags still win")
     if p.parse_known_args(argv)[0].toy:
         p.set_defaults(size="tiny", img_size=32, patch_size=8, num_frames=8, sampling_rate=1, crop_scales=[1],
-                       repeat_aug=4, batch_size=16, mask_ratio=0.75, lr=2.4e-2, min_lr=1e-4, max_steps=1200,
+                       repeat_aug=4, batch_size=16, mask_ratio=0.75, lr=2.4e-2, min_lr=1e-4, max_steps=1000,
                        warmup_epochs=80, log_every=20)
     args = p.parse_args(argv)
     lowest = dict(num_frames=1, sampling_rate=1, img_size=1, patch_size=1, tubelet_size=1, repeat_aug=1, batch_size=1,
@@ -206,11 +206,11 @@ def main():
     os.makedirs(args.out_dir, exist_ok=True)
 
     # ---- data
-    if args.data == ["toy"] and rank == 0:
+    toy = args.data == ["toy"]
+    if toy and local_rank == 0:
         data.make_toy()
     if world > 1:
         dist.barrier()
-    toy = args.data == ["toy"]
     sources = ["toy/train"] if toy else args.data
     paths = [p for s in sources for p in data.read_videos(s, args.data_root)[0]]
     val_sources = args.val_data or (["toy/val"] if toy else args.data)
@@ -271,15 +271,18 @@ def main():
             say(f"going on with other settings: {', '.join(changed)}")
     elif args.resume:
         raise ValueError(f"--resume: there is no {last}")
-    if world > 1:
-        dist.barrier()  # all have looked before anyone moves or writes files
     if saved is not None:
         raw_model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         first_step = saved["step"]
         say(f"resumed {last} at step {first_step} of {total_steps}")
-    elif rank == 0 and (os.path.exists(last) or os.path.exists(log_file)):
+    if world > 1:  # all have looked before anyone moves or writes files
+        steps = torch.tensor([first_step, -first_step])
+        dist.all_reduce(steps, dist.ReduceOp.MAX, group=control)
+        if steps.sum() != 0:
+            raise ValueError(f"not all ranks see the same {last}: --out_dir must be on a disk that all nodes share")
+    if saved is None and rank == 0 and (os.path.exists(last) or os.path.exists(log_file)):
         n = 1
         while any(os.path.exists(os.path.join(args.out_dir, f"previous-{n}.{e}")) for e in ("pt", "jsonl")):
             n += 1

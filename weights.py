@@ -64,6 +64,8 @@ def read_weights(path: str) -> tuple[dict, list | None]:
                 state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:  # torch raises whatever the broken bytes lead to
             raise ValueError(f"{path}: not a checkpoint that torch loads with weights_only=True ({e})") from None
+        if not isinstance(state, dict):
+            raise ValueError(f"{path}: holds a {type(state).__name__}, expected a dict of tensors")
         config = state.get("config") or {}
         for key in ("model", "module", "state_dict"):
             state = state[key] if isinstance(state.get(key), dict) else state
@@ -71,8 +73,8 @@ def read_weights(path: str) -> tuple[dict, list | None]:
     if any(k.startswith("videomae.") for k in state) and os.path.exists(os.path.join(folder, "config.json")):
         c = json.load(open(os.path.join(folder, "config.json")))
         c = dict(num_frames=16, tubelet_size=2, image_size=224, patch_size=16) | c
-        side = c["image_size"] // c["patch_size"]
-        grid = (c["num_frames"] // c["tubelet_size"], side, side)
+        sides = c["image_size"] if isinstance(c["image_size"], list) else [c["image_size"]] * 2
+        grid = (c["num_frames"] // c["tubelet_size"], *(s // c["patch_size"] for s in sides))
     state = to_reference({k: v for k, v in state.items() if isinstance(v, torch.Tensor)})
     return state, None if "pos_embed" in state else list(grid)
 
