@@ -13,6 +13,7 @@ import bisect
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import socket
 import sys
@@ -25,8 +26,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-VIDEO_EXT = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".m4v", ".wmv", ".flv", ".3gp", ".ts", ".ogv",
-             ".gif")
+VIDEO_EXT = tuple(".mp4 .mkv .webm .avi .mov .mpg .mpeg .m4v .wmv .flv .3gp .ts .ogv .gif .mts .m2ts .vob .mxf .ogg "
+                  ".asf .divx .y4m .m2v .m1v .f4v".split())
 IMAGE_EXT = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 KEEP_PACKETS = 64 << 20  # files up to this size (bytes) are read into memory once; longer movies are sought in
 
@@ -37,46 +38,57 @@ class VideoError(ValueError):
 
 # ---- lists and folders ----
 
+MEDIA = "|".join(re.escape(e) for e in VIDEO_EXT + IMAGE_EXT)
+
+
 def parse_row(row: str, where: str) -> tuple[str, str | None]:
-    """A list row -> (path, label or None), split at a tab, comma or last space; paths may hold spaces and commas."""
-    is_media = lambda p: p.strip().strip('"').lower().endswith(VIDEO_EXT + IMAGE_EXT)
-    clean = lambda p: p.strip().strip('"')
-    if is_media(row):
-        return clean(row), None
-    splits = [row.rsplit(sep, 1) for sep in ("\t", ",", " ") if sep in row]
-    known = [s for s in splits if is_media(s[0])] or splits  # the path's ending tells which separator is meant
-    if not known:
+    """A list row -> (path, label or None). Paths and labels may hold spaces and commas.
+
+    The path ends at the first known ending (.mp4, ...) that a comma, a tab or a space follows, or with the row; a path
+    of unknown ending ends at the last tab, else comma, else space. A path in double quotes is taken as it is.
+    """
+    quoted = re.fullmatch(r'\s*"([^"]+)"\s*(?:[,\t ]\s*"?(.*?)"?\s*)?', row)
+    known = re.fullmatch(rf"(.*?(?:{MEDIA}))(?:\s*[,\t ]\s*(.*?))?\s*", row, re.IGNORECASE)
+    quoted = quoted if not known or re.search(rf"(?:{MEDIA})$", (quoted or [""] * 2)[1], re.IGNORECASE) else None
+    match = quoted or known or next(filter(None, (re.fullmatch(rf"(.+){sep}(.*)", row) for sep in "\t, ")), None)
+    if not match:
         raise ValueError(f"{where}: {row!r}: expected `path`, or `path label` with a tab, a comma or a space between")
-    path, label = known[0]
-    return clean(path), clean(label) or None
+    path, label = match[1], (match[2] or "").strip().strip('"')
+    return path if quoted else path.strip(), label or None
 
 
 def read_videos(source: str, data_root: str = "") -> tuple[list[str], list[str | None]]:
-    """A list file, a folder of class folders, or a flat folder -> paths, and labels as written (None: no label)."""
+    """A list file, a folder (of class folders or flat) or one video -> paths, labels as written (None: no label)."""
+    is_media = lambda name: name.lower().endswith(VIDEO_EXT + IMAGE_EXT) and not name.startswith(".")
     if os.path.isdir(source):
-        rows = []
+        rows, seen = [], set()
         for folder, subfolders, files in os.walk(source, followlinks=True):
-            subfolders.sort()
+            hidden = {s for s in subfolders if s.startswith((".", "@eaDir"))}  # a NAS keeps its thumbnails in @eaDir
+            seen.add(os.path.realpath(folder))  # links may lead in a circle
+            subfolders[:] = sorted(s for s in subfolders
+                                   if s not in hidden and os.path.realpath(os.path.join(folder, s)) not in seen)
             inside = os.path.relpath(folder, source).split(os.sep)[0]  # class = first folder below the source
             label = None if inside == "." else inside
-            rows += [(os.path.join(folder, f), label) for f in sorted(files)
-                     if f.lower().endswith(VIDEO_EXT + IMAGE_EXT)]
+            rows += [(os.path.join(folder, f), label) for f in sorted(files) if is_media(f)]
         if not rows:
             raise ValueError(f"{source}: no videos in this folder; known endings: {' '.join(VIDEO_EXT + IMAGE_EXT)}")
+    elif os.path.isfile(source) and is_media(os.path.basename(source)):
+        rows = [(source, None)]
     elif os.path.isfile(source):
         try:
             lines = open(source, encoding="utf-8-sig").read().splitlines()
         except UnicodeDecodeError as e:
             raise ValueError(f"{source}: not a text file ({e}); "
                              "expected a list with a row `path label` per video") from None
+        comment = lambda line: line.startswith("#") and not re.search(MEDIA, line, re.IGNORECASE)
+        header = lambda i, line: i == 1 and line.lower().replace("\t", ",") in ("path,label", "video,label")
         rows = [parse_row(line, f"{source} row {i}") for i, line in enumerate(lines, 1)
-                if line.strip() and not line.startswith("#")]
+                if line.strip() and not comment(line) and not header(i, line)]
         rows = [(os.path.join(data_root, path), label) for path, label in rows]
         if not rows:
             raise ValueError(f"{source}: an empty list")
-        first = [path for path, _ in rows[:20]]
-        if not any(os.path.exists(p) for p in first):
-            raise ValueError(f"{source}: none of the first {len(first)} files exists, the first is {first[0]!r}; "
+        if not any(os.path.exists(path) for path, _ in rows):
+            raise ValueError(f"{source}: none of its {len(rows)} files exists, the first is {rows[0][0]!r}; "
                              "relative paths start at --data_root, or else at the current folder")
     else:
         raise ValueError(f"{source}: no such file or folder; expected a list file, a folder of videos, or the word toy")
@@ -98,6 +110,8 @@ class VideoReader:
 
     def __init__(self, path: str):
         self.path = path
+        if not os.path.isfile(path):
+            raise VideoError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
         try:
             self.container = av.open(path, metadata_errors="ignore")
         except (av.FFmpegError, OSError, ValueError) as e:
@@ -278,7 +292,7 @@ class VideoReader:
 def sample_dense(rng, n: int, num_frames: int, stride: int) -> np.ndarray:
     """num_frames indices, `stride` apart, start uniform in [0, n - num_frames*stride].
 
-    For pre-training (section 5 of the paper's code). A shorter video starts at 0 and repeats its last usable frame.
+    The paper's pre-training clip. A shorter video starts at 0 and repeats its last usable frame.
     """
     start = rng.integers(max(n - num_frames * stride, 0) + 1)
     i = start + stride * np.arange(num_frames)
@@ -521,11 +535,15 @@ def index_kinetics(annotation: str, videos: str, part: str, split: int):
 
 def index_ssv2(annotation: str, videos: str, part: str, split: int):
     """Something-Something v2 json ([{id, template}]): <id>.webm; the label is the template without its brackets."""
-    rows = json.load(open(annotation, encoding="utf-8"))
-    for i, row in enumerate(rows, 1):
+    try:
+        rows = json.load(open(annotation, encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{annotation}: not a json file ({e})") from None
+    for i, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
         if not isinstance(row, dict) or "id" not in row:
             raise ValueError(f"{annotation} entry {i}: expected an object with id and template")
-        yield [os.path.join(videos, str(row["id"]))], row.get("template", "").replace("[", "").replace("]", "") or None
+        label = (row.get("template") or "").replace("[", "").replace("]", "")
+        yield [os.path.join(videos, str(row["id"]))], label or None
 
 
 def index_ucf101(annotation: str, videos: str, part: str, split: int):
@@ -535,7 +553,7 @@ def index_ucf101(annotation: str, videos: str, part: str, split: int):
             path = line.split(".avi")[0].strip() + ".avi"
             if "/" not in path:
                 raise ValueError(f"{annotation} row {i}: {line.strip()!r}: expected Class/name.avi")
-            yield [os.path.join(videos, path)], path.split("/")[0]
+            yield [os.path.join(videos, p) for p in (path, path.removesuffix(".avi"))], path.split("/")[0]
 
 
 def index_hmdb51(annotation: str, videos: str, part: str, split: int):
@@ -548,7 +566,8 @@ def index_hmdb51(annotation: str, videos: str, part: str, split: int):
         label = name.removesuffix(suffix)
         for line in open(os.path.join(annotation, name), encoding="utf-8"):
             if line.strip() and line.split()[-1] == want:
-                yield [os.path.join(videos, label, line.rsplit(maxsplit=1)[0].strip())], label
+                path = os.path.join(videos, label, line.rsplit(maxsplit=1)[0].strip())
+                yield [path, path.removesuffix(".avi")], label
 
 
 LAYOUTS = {"kinetics": index_kinetics, "ssv2": index_ssv2, "ucf101": index_ucf101, "hmdb51": index_hmdb51}
@@ -558,6 +577,8 @@ def index_main(args):
     """Writes a list file of the videos that exist and says which do not."""
     if not os.path.exists(args.annotation):
         raise ValueError(f"{args.annotation}: no such file or folder")
+    if os.path.realpath(args.out) == os.path.realpath(args.annotation):
+        raise ValueError(f"{args.out}: is the annotation itself")
     found, missing = [], []
     for stems, label in LAYOUTS[args.layout](args.annotation, args.videos, args.part, args.split):
         paths = [s + ext for s in stems for ext in ("", ".mp4", ".webm", ".mkv", ".avi")]
@@ -593,19 +614,22 @@ def check_file(job: tuple[str, bool]) -> tuple[str, int, str | None]:
 def check_main(args):
     """Reads every file of a data set in parallel; prints which fail, can list the rest; exit status 1 if any fails."""
     paths, labels = read_videos(args.source, args.data_root)
-    start, bad, total = time.time(), {}, 0
+    if args.num_workers < 1:
+        raise ValueError(f"--num_workers {args.num_workers}: expected at least 1")
+    start, bad, total, failed = time.time(), set(), 0, 0
     with multiprocessing.get_context("spawn").Pool(args.num_workers) as pool:
         results = pool.imap_unordered(check_file, [(p, args.full) for p in paths], 4)
         for done, (path, n, wrong) in enumerate(results, 1):
             total += n
             if wrong:
-                bad[path] = wrong
+                bad.add(path)
+                failed += 1
                 print(f"\r{wrong}")
             rate = done / (time.time() - start)
             if sys.stdout.isatty() or done == len(paths) or done % 1000 == 0:
-                print(f"\r{done}/{len(paths)} files, {len(bad)} bad, {rate:.0f} files/s, "
+                print(f"\r{done}/{len(paths)} files, {failed} bad, {rate:.0f} files/s, "
                       f"{(len(paths) - done) / rate:.0f} s left   ", end="", flush=True)
-    print(f"\n{len(paths) - len(bad)} of {len(paths)} files can be read, {total} frames; "
+    print(f"\n{len(paths) - failed} of {len(paths)} files can be read, {total} frames; "
           + ("every frame was decoded" if args.full else "first, middle and last frame were decoded (--full: all)"))
     if args.write_good:
         with open(args.write_good, "w", encoding="utf-8") as f:
@@ -640,3 +664,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except (ValueError, OSError) as e:
         sys.exit(f"data.py: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -221,7 +221,7 @@ class Encoder(nn.Module):
         self.grid = (num_frames // tubelet_size, H // patch_size, W // patch_size)
         self.checkpointing = checkpointing
         self.patch_embed = CubeEmbed(D, self.cube)
-        self.blocks = nn.ModuleList(Block(D, heads, drop_path * i / (depth - 1)) for i in range(depth))
+        self.blocks = nn.ModuleList(Block(D, heads, drop_path * i / max(depth - 1, 1)) for i in range(depth))
         pixels = math.prod(self.cube)
         self.register_buffer("mean", torch.tensor(mean).repeat(pixels), persistent=False)
         self.register_buffer("std", torch.tensor(std).repeat(pixels), persistent=False)
@@ -236,7 +236,8 @@ class Encoder(nn.Module):
     def embed(self, video, ids=None):
         """(B, T, H, W, C), ids (B, n) of cubes (None: all) -> (B, n, D); pixels are gathered before any arithmetic."""
         expected = tuple(g * c for g, c in zip(self.grid, self.cube))
-        assert video.shape[1:4] == expected, (video.shape, self.grid, self.cube)
+        if video.shape[1:] != (*expected, 3):
+            raise ValueError(f"video of shape {tuple(video.shape)}: expected (B, {', '.join(map(str, expected))}, 3)")
         cubes = patchify(video, self.cube)  # (B, N, P)
         cubes = cubes if ids is None else take(cubes, ids)  # (B, n, P)
         x = self.patch_embed((to_unit(cubes) - self.mean) / self.std)  # (B, n, D)
@@ -342,7 +343,7 @@ class VideoMAE(nn.Module):
         if counts is None:
             return F.mse_loss(pred.float(), target), pred
         error = (pred.float() - target).square().mean(-1)  # (B, M)
-        return (error * counts).sum() / counts.sum(), pred
+        return (error * counts).sum() / counts.sum().clamp(min=1), pred
 
 
 class VideoClassifier(Encoder):
@@ -371,7 +372,7 @@ class VideoClassifier(Encoder):
 def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
     """AdamW groups {params, weight_decay, lr_scale} for weight decay and layer-wise learning rates.
 
-    No decay for 1-D parameters and mask_token (section 4 of the recipe). lr_scale = layer_decay^(depth+1-id) with id 0
+    No decay for 1-D parameters and mask_token, as in the paper's code. lr_scale = layer_decay^(depth+1-id) with id 0
     for the patch embedding, i+1 for encoder block i; 1 for all that follows.
     """
     depth = SIZES[model.config["size"]]["depth"]

@@ -14,13 +14,16 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import itertools
 import json
 import math
 import os
+import re
 import resource
 import signal
 import sys
 import time
+import zlib
 
 import numpy as np
 import torch
@@ -61,17 +64,17 @@ def get_args(argv=None):
     p.add_argument("--decoder_depth", type=int, help="blocks (default: the size's)")
     p.add_argument("--mask_type", default="tube", choices=["tube", "random", "frame"])
     p.add_argument("--mask_ratio", default=0.9, type=float, help="share of cubes hidden from the encoder")
-    p.add_argument("--decoder_mask_ratio", default=0.0, type=float, help="not decoded (VideoMAE v2: 0.5), 0 = off")
+    p.add_argument("--decoder_mask_ratio", default=0.0, type=float, help="not decoded: 0 (off), .25, .5 (v2), .75")
     p.add_argument("--norm_pix_loss", action=flag, default=True, help="targets normalised per cube and channel")
     p.add_argument("--target", default="clip", choices=["clip", "center", "dense"],
                    help="what is reconstructed: the clip, its centre frame, or twice its frames (the paper's ablation)")
     p.add_argument("--checkpointing", action=flag, default=False, help="recompute activations: less memory, slower")
     p.add_argument("--init", help="start from these weights (any layout that weights.py reads)")
     # optimisation
-    p.add_argument("--batch_size", default=32, type=int, help="videos per rank and accumulation step (paper: 2048)")
+    p.add_argument("--batch_size", default=32, type=int, help="videos per rank and accumulation step")
     p.add_argument("--accum_steps", default=1, type=int, help="batches per optimiser step")
     p.add_argument("--epochs", default=800, type=float)
-    p.add_argument("--warmup_epochs", default=40, type=float)
+    p.add_argument("--warmup_epochs", default=40, type=float, help="less than --epochs")
     p.add_argument("--max_steps", type=int, help="optimiser steps instead of epochs; the warm-up keeps its share")
     p.add_argument("--lr", default=1.5e-4, type=float, help="per 256 videos of the global batch")
     p.add_argument("--min_lr", default=1e-5, type=float, help="per 256 videos of the global batch")
@@ -92,8 +95,8 @@ def get_args(argv=None):
     p.add_argument("--toy", action="store_true", help="presets for minutes on two CPU cores; other flags still win")
     if p.parse_known_args(argv)[0].toy:
         p.set_defaults(size="tiny", img_size=32, patch_size=8, num_frames=8, sampling_rate=1, crop_scales=[1],
-                       repeat_aug=4, batch_size=16, mask_ratio=0.75, lr=2.4e-2, min_lr=1e-4, max_steps=1000,
-                       warmup_epochs=80, log_every=20)
+                       repeat_aug=4, batch_size=16, mask_ratio=0.75, lr=2.4e-2, min_lr=1e-4, epochs=25,
+                       warmup_epochs=2.5, log_every=20)
     args = p.parse_args(argv)
     lowest = dict(num_frames=1, sampling_rate=1, img_size=1, patch_size=1, tubelet_size=1, repeat_aug=1, batch_size=1,
                   accum_steps=1, max_steps=1, log_every=1, save_every=1, vis_every=0, num_workers=0, decoder_depth=1,
@@ -101,10 +104,16 @@ def get_args(argv=None):
     for name, low in lowest.items():
         if getattr(args, name) is not None and getattr(args, name) < low:
             p.error(f"--{name} {getattr(args, name)}: expected at least {low}")
-    if args.epochs <= 0 or args.epochs <= args.warmup_epochs and not args.max_steps:
-        p.error(f"--epochs {args.epochs:g}: expected more than 0 and than --warmup_epochs {args.warmup_epochs:g}")
+    if args.epochs <= args.warmup_epochs:
+        p.error(f"--epochs {args.epochs:g}: expected more than --warmup_epochs {args.warmup_epochs:g}")
     if args.fps is not None and args.fps <= 0:
         p.error(f"--fps {args.fps}: expected more than 0")
+    if args.sampling == "sparse" and args.fps:
+        p.error("--sampling sparse spans the whole video: leave out --fps")
+    if not 0 <= args.max_bad <= 1 or args.seed >= 2**31:
+        p.error(f"--max_bad {args.max_bad}, --seed {args.seed}: expected a share in [0, 1] and a seed below 2^31")
+    if args.decoder_mask_ratio not in (0, 0.25, 0.5, 0.75):
+        p.error(f"--decoder_mask_ratio {args.decoder_mask_ratio}: expected 0 (off), 0.25, 0.5 or 0.75: cells are 2x2")
     if not all(0 < s <= 1 for s in args.crop_scales):
         p.error(f"--crop_scales {args.crop_scales}: expected numbers in (0, 1]")
     if args.target == "dense" and (args.sampling == "dense" and not args.fps and args.sampling_rate % 2):
@@ -130,8 +139,14 @@ def baselines(model, video, mask) -> tuple[torch.Tensor, torch.Tensor]:
     masked = mask.gather(1, ids)[..., None]  # (B, M, 1)
     target = model.targets(video, ids)  # (B, M, P)
     mean = (target * ~masked).sum(1, keepdim=True) / (~masked).sum(1, keepdim=True).clamp(min=1)  # (B, 1, P)
-    score = lambda guess: ((target - guess).square() * masked).sum() / (masked.sum() * target.shape[2])
+    score = lambda guess: ((target - guess).square() * masked).sum() / (masked.sum().clamp(min=1) * target.shape[2])
     return score(0), score(mean)
+
+
+def ignore_signals(worker: int):
+    """For data workers: a terminal and a job scheduler signal all processes; the main one decides, workers go on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @torch.no_grad()
@@ -188,9 +203,11 @@ def main():
     world = int(os.environ.get("WORLD_SIZE", 1))
     mps = torch.backends.mps.is_available()
     device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from None
     if device == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch sees no GPU here")
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
     device = torch.device(device)
@@ -204,17 +221,26 @@ def main():
     say = print if rank == 0 else lambda *a, **k: None
     torch.manual_seed(args.seed)  # initial weights; all later draws come from (seed, step) and (seed, epoch, index)
     os.makedirs(args.out_dir, exist_ok=True)
+    if args.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("--tensorboard needs `pip install tensorboard`") from None
 
     # ---- data
-    toy = args.data == ["toy"]
+    toy = "toy" in args.data
     if toy and local_rank == 0:
         data.make_toy()
     if world > 1:
         dist.barrier()
-    sources = ["toy/train"] if toy else args.data
-    paths = [p for s in sources for p in data.read_videos(s, args.data_root)[0]]
-    val_sources = args.val_data or (["toy/val"] if toy else args.data)
-    val_paths = [p for s in val_sources for p in data.read_videos(s, args.data_root)[0]]
+
+    def read(sources, toy_part):
+        found = [p for s in sources for p in data.read_videos(toy_part if s == "toy" else s, args.data_root)[0]]
+        return [p for p in found if not os.path.abspath(p).startswith(os.path.abspath(args.out_dir) + os.sep)]
+    paths = read(args.data, "toy/train")
+    val_paths = read(args.val_data or ["toy"], "toy/val") if args.val_data or toy else paths
+    if not paths or not val_paths:
+        raise ValueError(f"no videos in {args.data if not paths else args.val_data} outside --out_dir {args.out_dir}")
     dense = args.target == "dense"  # twice the frames at half the distance
     clip = dict(num_frames=args.num_frames * (1 + dense), size=(args.img_size, args.img_size), sampling=args.sampling,
                 stride=args.sampling_rate // (1 + dense), fps=args.fps and args.fps * (1 + dense),
@@ -231,16 +257,69 @@ def main():
     num_decoded = None
     if args.decoder_mask_ratio:
         num_decoded = math.prod(model.grid) - masking.num_masked("running_cell", model.grid, args.decoder_mask_ratio)
-    if args.init:
+
+    # ---- resume: the run in out_dir goes on if it is this one
+    last, log_file = os.path.join(args.out_dir, "last.pt"), os.path.join(args.out_dir, "log.jsonl")
+    free = {"out_dir", "resume", "num_workers", "log_every", "save_every", "vis_every", "tensorboard", "max_bad", "toy",
+            "init", "device", "compile", "checkpointing", "batch_size", "accum_steps", "data", "data_root", "val_data"}
+    run = {k: v for k, v in vars(args).items() if k not in free}  # what may not change within a run
+    names = ["/".join(p.replace(os.sep, "/").split("/")[-2:]) for p in paths]
+    run |= dict(global_batch=global_batch, videos=f"{len(paths)} ({zlib.crc32(chr(10).join(names).encode()):08x})")
+    first_step, saved, changed = 0, None, []
+    if args.resume and not os.path.exists(last):
+        raise ValueError(f"--resume: there is no {last}")
+    if os.path.exists(last) and args.resume is not False:
+        try:
+            saved = torch.load(last, map_location="cpu", weights_only=True)
+            changed = [f"{k} {saved['args'].get(k)} -> {v}" for k, v in run.items() if saved["args"].get(k) != v]
+            finished = saved["step"] >= saved["args"]["total_steps"]
+            free_config = ("pos_grid", "encoder_norm")  # --init may have set them
+            differ = [k for k, v in model.config.items() if k not in free_config and saved["config"][k] != v]
+        except Exception as e:  # torch raises whatever the broken bytes lead to
+            raise ValueError(f"{last}: not a checkpoint of pretrain.py ({e}); --no-resume moves it aside") from None
+        if changed and args.resume is None and finished:
+            saved = None  # a finished run with other settings: start anew beside it
+        elif changed and args.resume is None:
+            raise ValueError(f"{last} holds another unfinished run ({', '.join(changed)}): choose another --out_dir, "
+                             "--no-resume to start anew (the old files are kept), or --resume to go on with the new "
+                             "settings")
+        elif differ:
+            raise ValueError(f"{last} holds another model ({', '.join(changed)}): it cannot go on with this one")
+        elif changed:
+            say(f"going on with other settings: {', '.join(changed)}")
+    if saved:
+        if not saved["config"]["encoder_norm"]:
+            model.encoder.norm = torch.nn.Identity()
+        model.set_positions(saved["config"]["pos_grid"])
+        model.config = saved["config"]
+        model.load_state_dict(saved["model"])
+        first_step = saved["step"]
+        say(f"resumed {last} at step {first_step} of {total_steps}")
+    elif args.init:
         load_pretrained(model, args.init, verbose=rank == 0)
+    if world > 1:  # all have looked before anyone moves or writes files
+        steps = torch.tensor([first_step, -first_step])
+        dist.all_reduce(steps, dist.ReduceOp.MAX, group=control)
+        if steps.sum() != 0:
+            raise ValueError(f"not all ranks see the same {last}: --out_dir must be on a disk that all nodes share")
+    old = [f for f in sorted(os.listdir(args.out_dir)) if re.match(r"last\.pt|log\.jsonl|bad_videos|vis_|events", f)]
+    if not saved and rank == 0 and old:
+        n = next(n for n in itertools.count(1) if not os.path.exists(os.path.join(args.out_dir, f"previous-{n}")))
+        os.mkdir(os.path.join(args.out_dir, f"previous-{n}"))
+        for f in old:
+            os.rename(os.path.join(args.out_dir, f), os.path.join(args.out_dir, f"previous-{n}", f))
+        say(f"{args.out_dir} held another run{f' ({chr(44).join(changed)})' if changed else ''}: kept in previous-{n}/")
+    if rank == 0 and os.path.exists(log_file):  # rows after the checkpoint will be written again
+        rows = [r for r in open(log_file) if r.endswith("\n") and json.loads(r)["step"] <= first_step]
+        open(log_file, "w").writelines(rows)
+
+    # ---- optimiser
     model.to(device)
     raw_model = model
     if args.compile:
         model = torch.compile(model)
     if world > 1:
         model = DistributedDataParallel(model, device_ids=[local_rank] if device.type == "cuda" else None)
-
-    # ---- optimiser
     lr, min_lr = args.lr * global_batch / 256, args.min_lr * global_batch / 256
     fused = device.type in ("cuda", "cpu")
     groups = param_groups(raw_model, args.weight_decay)
@@ -249,50 +328,10 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-    # ---- resume
-    last, log_file = os.path.join(args.out_dir, "last.pt"), os.path.join(args.out_dir, "log.jsonl")
-    free = {"out_dir", "resume", "num_workers", "log_every", "save_every", "vis_every", "tensorboard", "max_bad",
-            "device", "compile", "checkpointing", "batch_size", "accum_steps", "toy", "val_data"}  # may change in a run
-    run = {k: v for k, v in vars(args).items() if k not in free}
-    run |= dict(global_batch=global_batch, num_videos=len(paths))
-    first_step = 0
-    saved = None
-    if os.path.exists(last) and args.resume is not False:
-        saved = torch.load(last, map_location="cpu", weights_only=True)
-        changed = [f"{k} {saved['args'].get(k)} -> {v}" for k, v in run.items() if saved["args"].get(k) != v]
-        if changed and args.resume is None and saved["step"] >= saved["args"]["total_steps"]:
-            saved = None  # a finished run with other settings: start anew beside it
-        elif changed and (args.resume is None or saved["config"] != raw_model.config):
-            raise ValueError(f"{last} holds another unfinished run ({', '.join(changed)}): choose another --out_dir, "
-                             "--no-resume to start anew (the old files are kept under another name), or, where the "
-                             "model is the same, --resume to go on with the new settings")
-        elif changed:
-            say(f"going on with other settings: {', '.join(changed)}")
-    elif args.resume:
-        raise ValueError(f"--resume: there is no {last}")
-    if saved is not None:
-        raw_model.load_state_dict(saved["model"])
+    if saved:
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
-        first_step = saved["step"]
-        say(f"resumed {last} at step {first_step} of {total_steps}")
-    if world > 1:  # all have looked before anyone moves or writes files
-        steps = torch.tensor([first_step, -first_step])
-        dist.all_reduce(steps, dist.ReduceOp.MAX, group=control)
-        if steps.sum() != 0:
-            raise ValueError(f"not all ranks see the same {last}: --out_dir must be on a disk that all nodes share")
-    if saved is None and rank == 0 and (os.path.exists(last) or os.path.exists(log_file)):
-        n = 1
-        while any(os.path.exists(os.path.join(args.out_dir, f"previous-{n}.{e}")) for e in ("pt", "jsonl")):
-            n += 1
-        for old, ext in ((last, "pt"), (log_file, "jsonl")):
-            if os.path.exists(old):
-                os.rename(old, os.path.join(args.out_dir, f"previous-{n}.{ext}"))
-        say(f"{args.out_dir} held another run: kept as previous-{n}.*")
-    if rank == 0 and os.path.exists(log_file):  # rows after the checkpoint will be written again
-        rows = [r for r in open(log_file) if r.endswith("\n") and json.loads(r)["step"] <= first_step]
-        open(log_file, "w").writelines(rows)
+    del saved
 
     # ---- loader: starts at the clip where the run stands
     num_workers = args.num_workers
@@ -300,28 +339,20 @@ def main():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         num_workers = min(10, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
-    def init_worker(_):  # a terminal and a job scheduler signal all processes: the main one decides, workers go on
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     batches = data.Batches(len(paths), args.batch_size, args.accum_steps, rank, world, first_step, total_steps,
                            args.seed)
     loader = torch.utils.data.DataLoader(
-        train_set, batch_sampler=batches, num_workers=num_workers, collate_fn=data.collate, worker_init_fn=init_worker,
-        pin_memory=device.type == "cuda", prefetch_factor=2 if num_workers else None)
+        train_set, batch_sampler=batches, num_workers=num_workers, collate_fn=data.collate,
+        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda", prefetch_factor=2 if num_workers else None)
 
     say(f"{len(paths)} videos, {args.size} with {count_params(raw_model) / 1e6:.1f} M parameters, "
-        f"token grid {'x'.join(map(str, raw_model.grid))}, {num_visible} visible; "
+        f"token grid {'x'.join(map(str, raw_model.grid))}, {num_visible} of {math.prod(raw_model.grid)} tokens visible"
+        f"{f', {num_decoded} decoded' if num_decoded else ''}; "
         f"{world} rank(s) x {args.batch_size} videos x {args.accum_steps} = batch {global_batch}"
         f"{f' (x {args.repeat_aug} clips)' if args.repeat_aug > 1 else ''}, {total_steps} steps = "
         f"{total_steps * global_batch / len(paths):.1f} epochs, peak lr {lr:.2e}, {device.type} {args.dtype}, "
         f"{num_workers} workers")
-    board = None
-    if args.tensorboard and rank == 0:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ValueError("--tensorboard needs `pip install tensorboard`") from None
-        board = SummaryWriter(args.out_dir)
+    board = SummaryWriter(args.out_dir) if args.tensorboard and rank == 0 else None
 
     def log(row):
         with open(log_file, "a") as f:
@@ -363,12 +394,13 @@ def main():
     # ---- loop
     stop = []  # signals received
     for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda number, frame: stop.append(number))
+        signal.signal(s, lambda number, frame: os._exit(128 + number) if number in stop else stop.append(number))
     generator = torch.Generator(device=device)
-    loss_sum = torch.zeros((), device=device)
+    loss_sum, finite = torch.zeros((2,), device=device)  # of the batches since the last log line with a finite loss
     skipped, in_row = torch.zeros((2,), device=device)  # steps with a non-finite gradient: all, and the last in a row
     reads = bad_reads = 0
-    bad_seen = set()
+    bad_file = os.path.join(args.out_dir, "bad_videos.txt")
+    bad_seen = {row.split("\t")[0] for row in open(bad_file)} if os.path.exists(bad_file) else set()
     waited, clock, logged = 0.0, time.time(), first_step
     model.train()
     stream = iter(loader)
@@ -391,8 +423,8 @@ def main():
             for path, why in bad:
                 if path not in bad_seen:
                     bad_seen.add(path)
-                    with open(os.path.join(args.out_dir, "bad_videos.txt"), "a") as f:
-                        f.write(f"{path}\t{why}\n")
+                    with open(bad_file, "a") as f:
+                        f.write(f"{path}\t{why.removeprefix(path + ': ')}\n")
             reads, bad_reads = reads + args.batch_size + len(bad), bad_reads + len(bad)
             if video is None:
                 raise ValueError(f"10 videos in a row could not be read, the last: {bad[-1][1]}")
@@ -404,7 +436,8 @@ def main():
                 with autocast:
                     loss, _ = model(video, mask, decoder_mask, num_visible, num_decoded)
                 scaler.scale(loss / args.accum_steps).backward()
-            loss_sum += torch.nan_to_num(loss.detach(), 0, 0, 0) / args.accum_steps
+            loss_sum += torch.nan_to_num(loss.detach(), 0, 0, 0)
+            finite += torch.isfinite(loss.detach())
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params])  # of DDP's average: the same on all ranks
         if args.clip_grad:
@@ -427,12 +460,13 @@ def main():
             dist.all_reduce(stopping, dist.ReduceOp.MAX, group=control)
         if step % args.log_every == 0 or step == total_steps or stopping:
             zeros, mean = baselines(raw_model, video, mask)
-            stats = torch.stack([loss_sum / (step - logged), zeros, mean]).float()
+            stats = torch.stack([loss_sum, finite, zeros, mean]).float()
             counts = torch.tensor([reads, bad_reads, waited], dtype=torch.float64)
             if world > 1:
                 dist.all_reduce(stats)
                 dist.all_reduce(counts, group=control)
-            loss, zeros, mean = (stats / world).tolist()
+            loss_total, finite_batches, zeros, mean = (stats / world).tolist()
+            loss = loss_total / finite_batches if finite_batches else math.nan
             all_reads, all_bad, all_waited = counts.tolist()
             seconds = time.time() - clock
             memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(
@@ -457,9 +491,9 @@ def main():
             if all_reads >= 20 and all_bad / all_reads > args.max_bad:
                 save(step)
                 raise ValueError(f"{int(all_bad)} of {int(all_reads)} reads failed, more than --max_bad "
-                                 f"{args.max_bad}: see {os.path.join(args.out_dir, 'bad_videos.txt')}; "
-                                 "`python data.py check` lists all such files")
+                                 f"{args.max_bad}: see {bad_file}; `python data.py check` lists all")
             loss_sum.zero_()
+            finite.zero_()
             waited, clock, logged = 0.0, time.time(), step
         if step % args.save_every == 0 or step == total_steps or stopping:
             save(step)
@@ -482,5 +516,7 @@ def main():
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         sys.exit(f"pretrain.py: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)

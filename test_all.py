@@ -245,6 +245,17 @@ def test_decoder_mask():
 
 
 @test
+def test_nothing_to_predict_is_no_nan():
+    """A batch whose decoded tokens were all visible has loss 0, not 0/0."""
+    model = small(target="center", num_frames=8)
+    mask = torch.zeros(2, math.prod(model.grid), dtype=torch.bool)
+    mask[:, :6] = True  # the first slot; the centre frame lies in the third
+    loss, _ = model(clips(model), mask)
+    loss.backward()
+    assert loss == 0 and pretrain.baselines(model, clips(model), mask) == (0, 0)
+
+
+@test
 def test_targets():
     """Normalised per cube and channel (zeros score (n-1)/n), raw, centre frame and denser clip are what they say."""
     model = small()
@@ -671,7 +682,9 @@ def test_list_rows():
     for row, expect in (("a.mp4 3", ("a.mp4", "3")), ("my dir/a b.mp4 3", ("my dir/a b.mp4", "3")),
                         ("a, b.mp4,jump", ("a, b.mp4", "jump")), ("a, b.mp4 3", ("a, b.mp4", "3")),
                         ("a b.mp4", ("a b.mp4", None)), ("x y.webm\tlong label", ("x y.webm", "long label")),
-                        ('"q,r.avi",7', ("q,r.avi", "7")), ("noending 4", ("noending", "4")),
+                        ('"q,r.avi",7', ("q,r.avi", "7")), ('"a, b.mp4","x, y"', ("a, b.mp4", "x, y")),
+                        ("a.mp4,b, c", ("a.mp4", "b, c")), ("a.mp4 b c", ("a.mp4", "b c")),
+                        ('"q" s.mp4', ('"q" s.mp4', None)), ("noending 4", ("noending", "4")),
                         ("a.mp4,", ("a.mp4", None))):
         assert data.parse_row(row, "") == expect, (row, data.parse_row(row, ""))
     with raises("list.txt row 3", "word"):
@@ -687,6 +700,9 @@ def test_folders_and_lists():
         open(os.path.join(root, name), "w").close()
     paths, labels = data.read_videos(root)
     assert [os.path.relpath(p, root) for p in paths] == ["run/deep/b.MP4", "walk/a.mp4"] and labels == ["run", "walk"]
+    os.symlink("..", os.path.join(root, "run", "deep", "loop"))
+    open(os.path.join(root, "walk", "._a.mp4"), "w").close()
+    assert len(data.read_videos(root)[0]) == 2 and data.read_videos(paths[0]) == ([paths[0]], [None])
     assert data.read_videos(os.path.join(root, "walk")) == ([os.path.join(root, "walk", "a.mp4")], [None])
     rows = os.path.join(TMP, "rows.csv")
     open(rows, "w", newline="").write("\ufeff# comment\r\nwalk/a.mp4,0\r\n\r\nrun/deep/b.MP4,1\r\n")
@@ -946,7 +962,8 @@ def test_signal_saves_and_other_runs_are_kept():
     assert "unfinished run" in text and "lr 0.02 -> 0.01" in text and "Traceback" not in text
     text, _ = tiny_run("reference_copy", "--batch_size", 4, "--max_steps", 1)
     text, _ = tiny_run("reference_copy", "--batch_size", 4, "--max_steps", 2)
-    assert "previous-1" in text and os.path.exists(os.path.join(TMP, "reference_copy", "previous-1.pt"))
+    assert "max_steps 1 -> 2" in text and set(os.listdir(os.path.join(TMP, "reference_copy", "previous-1"))) == {
+        "last.pt", "log.jsonl", "vis_0000001.png"}
     assert "finished" in tiny_run("reference_copy", "--batch_size", 4, "--max_steps", 2)[0]
 
 
@@ -971,7 +988,9 @@ def test_user_mistakes():
     out = os.path.join(TMP, "mistake")
     for args, words in ((["--mask_ratio", 1.2], ["mask_ratio=1.2"]), (["--img_size", 20], ["img_size=20"]),
                         (["--batch_size", 0], ["--batch_size 0"]),
-                        (["--data", "nowhere"], ["nowhere", "no such file"]), (["--resume"], ["--resume"])):
+                        (["--data", "nowhere"], ["nowhere", "no such file"]), (["--resume"], ["--resume"]),
+                        (["--epochs", 1], ["--epochs 1", "--warmup_epochs 1"]), (["--device", "foo"], ["--device foo"]),
+                        (["--out_dir", os.path.join(HERE, "README.md")], ["README.md"])):
         text = run("pretrain.py", *TINY, "--data", toy_videos(), "--out_dir", out, *args, ok=False)
         assert all(w in text for w in words) and "Traceback" not in text, text
 

@@ -57,7 +57,10 @@ def read_weights(path: str) -> tuple[dict, list | None]:
             from safetensors.torch import load_file
         except ImportError:
             raise ValueError(f"{path}: reading .safetensors needs `pip install safetensors`") from None
-        state = load_file(path)
+        try:
+            state = load_file(path)
+        except Exception as e:  # a SafetensorError is a plain Exception
+            raise ValueError(f"{path}: not a safetensors file ({e})") from None
     else:
         try:
             with torch.serialization.safe_globals([argparse.Namespace]):  # released files pickle their arguments
@@ -66,7 +69,7 @@ def read_weights(path: str) -> tuple[dict, list | None]:
             raise ValueError(f"{path}: not a checkpoint that torch loads with weights_only=True ({e})") from None
         if not isinstance(state, dict):
             raise ValueError(f"{path}: holds a {type(state).__name__}, expected a dict of tensors")
-        config = state.get("config") or {}
+        config = state["config"] if isinstance(state.get("config"), dict) else {}
         for key in ("model", "module", "state_dict"):
             state = state[key] if isinstance(state.get(key), dict) else state
     grid = config.get("pos_grid", (8, 14, 14))  # released files: 16 x 224 x 224
@@ -140,8 +143,8 @@ def to_hf(model: nn.Module) -> tuple[dict, dict]:
     """
     c, s, pretrain = model.config, SIZES[model.config["size"]], isinstance(model, VideoMAE)
     if pretrain and model.target != "clip" or c["pos_grid"] != list(model.grid):
-        raise ValueError(f"transformers' VideoMAE knows target=clip and positions of its own grid only (here "
-                         f"{c.get('target')}, {c['pos_grid']} resized to {model.grid})")
+        raise ValueError("transformers' VideoMAE knows target=clip and positions of its own grid only (here "
+                         f"target={c.get('target', 'clip')}, positions of {c['pos_grid']} resized to {model.grid})")
     state = {}
     for name, x in model.state_dict().items():
         name = name.removeprefix("encoder.")
