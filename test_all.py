@@ -580,6 +580,7 @@ def odd_files():
         "non-zero start": write("start.mkv", f, pts=5000 + 40 * np.arange(40), bf=2, g=12),
         "variable rate": write("vfr.mkv", f, pts=np.cumsum(np.random.default_rng(0).integers(10, 200, 40)), bf=2, g=12),
         "AVI with B-frames": write("b.avi", f, codec="mpeg4", bf=2, g=12, qscale=2, flags="+qscale"),
+        "H.264 with B-frames in AVI": write("h264.avi", f, bf=2, g=12),
         "MPEG transport stream": write("x.ts", f, bf=2, g=12),
         "MPEG-2": write("x.mpg", f, codec="mpeg2video", bf=2, g=12, b=4000000),
         "4:4:4": write("444.mp4", f, pix_fmt="yuv444p", g=12),
@@ -589,7 +590,7 @@ def odd_files():
         "VP8 with hidden frames": write("vp8.webm", f, codec="libvpx", b=2000000, auto_alt_ref=1, lag_in_frames=16,
                                         g=20),
         "VP9": write("vp9.webm", f, codec="libvpx-vp9", b=2000000, lag_in_frames=16, g=20, cpu_used=8),
-        "AV1 or GIF": write("x.gif", f, codec="gif", pix_fmt="rgb8"),
+        "GIF": write("x.gif", f, codec="gif", pix_fmt="rgb8"),
     }
 
 
