@@ -38,7 +38,8 @@ from weights import load_pretrained
 MAX_NONFINITE = 20  # steps in a row with a non-finite gradient before the run gives up
 
 
-def get_args(argv=None):
+def get_args(argv=None) -> argparse.Namespace:
+    """The flags, checked as far as that needs no data; an impossible one ends the program and is named."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = argparse.BooleanOptionalAction
     # data
@@ -204,18 +205,18 @@ def main():
     mps = torch.backends.mps.is_available()
     device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
+        if device == "cuda":
+            torch.cuda.set_device(local_rank)
+            torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from None
-    if device == "cuda":
-        torch.cuda.set_device(local_rank)
-        torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
     device = torch.device(device)
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         control = dist.new_group(backend="gloo")  # host-side numbers: agreeing to stop does not wait for the GPU
     if device.type == "cpu" and hasattr(ctypes.CDLL(None), "mallopt"):
-        # glibc gives large tensors back to the system at once and faults their pages in again: a tenth of a step's time
+        # glibc gives large tensors back to the system at once and faults their pages in again: a fifth of a step's time
         ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     say = print if rank == 0 else lambda *a, **k: None
@@ -228,7 +229,7 @@ def main():
             raise ValueError("--tensorboard needs `pip install tensorboard`") from None
 
     # ---- data
-    toy = "toy" in args.data
+    toy = "toy" in args.data + (args.val_data or [])
     if toy and local_rank == 0:
         data.make_toy()
     if world > 1:
@@ -238,9 +239,10 @@ def main():
         found = [p for s in sources for p in data.read_videos(toy_part if s == "toy" else s, args.data_root)[0]]
         return [p for p in found if not os.path.abspath(p).startswith(os.path.abspath(args.out_dir) + os.sep)]
     paths = read(args.data, "toy/train")
-    val_paths = read(args.val_data or ["toy"], "toy/val") if args.val_data or toy else paths
+    val_data = args.val_data or (["toy"] if toy else [])
+    val_paths = read(val_data, "toy/val") if val_data else paths
     if not paths or not val_paths:
-        raise ValueError(f"no videos in {args.data if not paths else args.val_data} outside --out_dir {args.out_dir}")
+        raise ValueError(f"no videos in {args.data if not paths else val_data} outside --out_dir {args.out_dir}")
     dense = args.target == "dense"  # twice the frames at half the distance
     clip = dict(num_frames=args.num_frames * (1 + dense), size=(args.img_size, args.img_size), sampling=args.sampling,
                 stride=args.sampling_rate // (1 + dense), fps=args.fps and args.fps * (1 + dense),
