@@ -875,12 +875,25 @@ def start(script, *args, ranks=None, cwd=None):
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+def children(pid):
+    """Process ids of a process's children: from /proc, or from pgrep where there is none."""
+    if not os.path.exists("/proc/self/stat"):
+        return [int(p) for p in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True).stdout.split()]
+    found = []
+    for other in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it may have ended
+            if int(open(f"/proc/{other}/stat").read().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(other))
+    return found
+
+
 def kill_tree(pid):
     """SIGKILL to a process and all below it: torchrun puts each rank into a session of its own."""
-    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
-    os.kill(pid, signal.SIGKILL)
-    for child in children:
-        kill_tree(int(child))
+    below = children(pid)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    for child in below:
+        kill_tree(child)
 
 
 def run(script, *args, ok=True, **kw):
@@ -951,8 +964,7 @@ def test_signal_saves_and_other_runs_are_kept():
     process = start("pretrain.py", *args)
     for line in process.stdout:
         if line.startswith("step 2/"):
-            worker = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()[0]
-            for pid in (int(worker), process.pid):  # a scheduler signals them all
+            for pid in (*children(process.pid), process.pid):  # a scheduler signals them all
                 os.kill(pid, signal.SIGTERM)
             break
     rest = process.communicate()[0]
