@@ -1,4 +1,4 @@
-"""python test_all.py [filter]: every claim of this code, checked in under two minutes on two cores.
+"""python test_all.py [filter]: what the code says of itself, checked in under two minutes on two cores.
 
 Comparisons are with slow float64 references, hand-computed values, published numbers, and transformers' VideoMAE where
 it is installed.
@@ -42,6 +42,7 @@ class Skip(Exception):
 
 
 def test(f):
+    """Registers a test; its docstring is the claim."""
     TESTS.append(f)
     return f
 
@@ -68,12 +69,14 @@ def small(**kw):
 
 
 def clips(model, batch=2, frames=None):
+    """(batch, T, H, W, 3) uint8 noise of the model's size, always the same."""
     t, h, w = (g * c for g, c in zip(model.grid, model.cube))
     g = torch.Generator().manual_seed(1)
     return torch.randint(0, 256, (batch, frames or t, h, w, 3), dtype=torch.uint8, generator=g)
 
 
 def mask_for(model, batch=2, ratio=0.5, kind="tube"):
+    """(batch, N) bool, always the same."""
     return masking.make_mask(kind, batch, model.grid, ratio, torch.Generator().manual_seed(2))
 
 
@@ -348,6 +351,7 @@ def test_model_errors():
 # ---------------------------------------------------------------- weights.py
 
 def saved(name, obj):
+    """Path of a new file that torch.save has written."""
     path = os.path.join(tempfile.mkdtemp(dir=TMP), name)
     torch.save(obj, path)
     return path
@@ -572,6 +576,7 @@ def write(name, frames, codec="libx264", pix_fmt="yuv420p", pts=None, container=
 
 @functools.cache
 def odd_files():
+    """{kind: path} of files with the same 40 numbered frames."""
     f = numbered()
     return {
         "B-frames, pyramid, long GOP": write("bframes.mp4", f, g=250, bf=3),
@@ -807,6 +812,7 @@ def test_toy_is_deterministic_and_moves():
 
 @functools.cache
 def toy_videos(n=12):
+    """A folder of n toy videos."""
     folder = os.path.join(TMP, "toy_videos")
     os.makedirs(folder)
     for i in range(n):
@@ -910,6 +916,7 @@ TINY = ["--size", "tiny", "--num_frames", 4, "--img_size", 16, "--patch_size", 8
 
 
 def tiny_run(name, *args, **kw):
+    """A pre-training run of a few steps -> its output, and the weights it has saved (None: none)."""
     out = os.path.join(TMP, name)
     text = run("pretrain.py", *TINY, "--data", toy_videos(), "--out_dir", out, *args, **kw)
     last = os.path.join(out, "last.pt")
@@ -917,6 +924,7 @@ def tiny_run(name, *args, **kw):
 
 
 def difference(a, b):
+    """The largest difference of two state dicts."""
     return max((a[k] - b[k]).abs().max().item() for k in a)
 
 
@@ -973,6 +981,8 @@ def test_signal_saves_and_other_runs_are_kept():
     assert process.returncode == 128 + signal.SIGTERM
     text, _ = tiny_run("signal", "--batch_size", 4, "--lr", 0.01, ok=False)
     assert "unfinished run" in text and "lr 0.02 -> 0.01" in text and "Traceback" not in text
+    text, _ = tiny_run("signal", "--batch_size", 4, "--decoder_depth", 1, "--resume", ok=False)
+    assert "another model" in text and "decoder_depth None -> 1" in text and "Traceback" not in text
     text, _ = tiny_run("reference_copy", "--batch_size", 4, "--max_steps", 1)
     text, _ = tiny_run("reference_copy", "--batch_size", 4, "--max_steps", 2)
     assert "max_steps 1 -> 2" in text and set(os.listdir(os.path.join(TMP, "reference_copy", "previous-1"))) == {
@@ -993,6 +1003,17 @@ def test_nonfinite_steps_are_skipped_on_the_device():
     optimizer.found_inf = torch.ones(())
     optimizer.step()
     assert torch.equal(p, before) and all(torch.equal(v, state[k]) for k, v in optimizer.state[p].items())
+
+
+@test
+def test_nonfinite_runs_stop_and_keep_their_checkpoint():
+    """Steps with NaN gradients are skipped, counted, never logged as loss 0; 20 in a row stop the run, which says where."""
+    text, model = tiny_run("nan", "--batch_size", 4, "--lr", 1e9, "--max_steps", 40, "--save_every", 1, ok=False)
+    assert "20 steps in a row with a non-finite gradient, at step" in text and "lr " in text and "Traceback" not in text
+    rows = [json.loads(row) for row in open(os.path.join(TMP, "nan", "log.jsonl"))]
+    assert any(row["loss"] is None for row in rows) and not any(row["loss"] == 0 for row in rows)
+    assert rows[0]["skipped_steps"] == 0 and rows[-1]["skipped_steps"] >= 20
+    assert all(torch.isfinite(v).all() for v in model.values())
 
 
 @test
