@@ -1007,7 +1007,7 @@ def test_nonfinite_steps_are_skipped_on_the_device():
 
 @test
 def test_nonfinite_runs_stop_and_keep_their_checkpoint():
-    """Steps with NaN gradients are skipped, counted, never logged as loss 0; 20 in a row stop the run, which says where."""
+    """Steps with NaN gradients are skipped, counted, never logged as loss 0; 20 in a row stop the run and say where."""
     text, model = tiny_run("nan", "--batch_size", 4, "--lr", 1e9, "--max_steps", 40, "--save_every", 1, ok=False)
     assert "20 steps in a row with a non-finite gradient, at step" in text and "lr " in text and "Traceback" not in text
     rows = [json.loads(row) for row in open(os.path.join(TMP, "nan", "log.jsonl"))]
