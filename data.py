@@ -1,6 +1,7 @@
 """Videos in, uint8 clips out: lists, folders, decoding (PyAV), clip samplers, crops, toy videos, writing pictures.
 
     python data.py index ucf101 trainlist01.txt UCF-101/ ucf_train.tsv     # a public layout -> a list file
+    python data.py split my_videos/ train.tsv val.tsv                      # one's own videos -> two list files
     python data.py check ucf_train.tsv                                     # which files cannot be read, and why
     python data.py toy                                                     # write the toy videos to toy/
 
@@ -15,6 +16,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -25,6 +27,8 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from augment import erase_box, rand_augment, random_resized_crop
 
 VIDEO_EXT = tuple(".mp4 .mkv .webm .avi .mov .mpg .mpeg .m4v .wmv .flv .3gp .ts .ogv .gif .mts .m2ts .vob .mxf .ogg "
                   ".asf .divx .y4m .m2v .m1v .f4v".split())
@@ -95,6 +99,31 @@ def read_videos(source: str, data_root: str = "") -> tuple[list[str], list[str |
     return [path for path, _ in rows], [label for _, label in rows]
 
 
+def class_names(labels: list[str]) -> list[str]:
+    """The distinct labels in order: by number where all are integers, else by name. A label's place is its class id."""
+    if all(re.fullmatch(r"\d+", label) for label in labels):
+        return sorted(set(labels), key=int)
+    return sorted(set(labels))
+
+
+def class_ids(labels: list, classes: list[str], paths: list[str], known: str) -> list[int]:
+    """Labels as written -> class ids; ValueError names the videos without a label and the labels not in `classes`."""
+    without = [p for p, label in zip(paths, labels) if label is None]
+    if without:
+        raise ValueError(f"{len(without)} of {len(paths)} videos have no label, the first is {without[0]}; expected "
+                         "rows `path label` or one folder per class")
+    ids = {name: i for i, name in enumerate(classes)}
+    new = {}
+    for path, label in zip(paths, labels):
+        if label not in ids:
+            new.setdefault(label, []).append(path)
+    if new:
+        names = "; ".join(f"{label!r} ({len(p)} videos, the first {p[0]})" for label, p in list(new.items())[:3])
+        raise ValueError(f"{len(new)} labels are not among the {len(classes)} classes of {known}: {names}; "
+                         f"known are {', '.join(classes[:8])}{', ...' if len(classes) > 8 else ''}")
+    return [ids[label] for label in labels]
+
+
 # ---- decoding ----
 
 INDEX_CACHE: OrderedDict = OrderedDict()  # of the long files only: reading all their packets again takes seconds
@@ -108,8 +137,9 @@ class VideoReader:
     before the wanted frames to the last of them, and leaves out frames that are neither wanted nor needed by others.
     """
 
-    def __init__(self, path: str):
-        self.path = path
+    def __init__(self, path: str, size_of=None):
+        """size_of: (height, width) of an upright frame -> the size that `frames` gives instead."""
+        self.path, self.size_of = path, size_of
         if not os.path.isfile(path):
             raise VideoError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
         try:
@@ -284,7 +314,10 @@ class VideoReader:
         """A decoded frame -> (H, W, 3) uint8 RGB, turned upright as players do."""
         rgb = self.to_rgb.reformat(frame, format="rgb24", interpolation="BICUBIC")  # of chroma, as ffmpeg does
         rgb = rgb.to_ndarray()
-        return np.rot90(rgb, frame.rotation // 90) if frame.rotation % 360 else rgb
+        rgb = np.rot90(rgb, frame.rotation // 90) if frame.rotation % 360 else rgb
+        if self.size_of:  # at once, so that many frames of a large video fit in memory
+            rgb = resize(torch.from_numpy(np.ascontiguousarray(rgb))[None], *self.size_of(*rgb.shape[:2]))[0].numpy()
+        return rgb
 
 
 # ---- which frames ----
@@ -309,14 +342,44 @@ def sample_by_time(rng, times: np.ndarray, num_frames: int, fps: float) -> np.nd
     """num_frames indices 1/fps seconds apart at any file rate: the nearest frames; a short video repeats its last."""
     span = num_frames / fps
     start = times[0] + rng.random() * max(times[-1] - times[0] - span, 0)
-    t = start + np.arange(num_frames) / fps
-    right = np.clip(np.searchsorted(times, t), 1, max(len(times) - 1, 1))
+    return nearest(times, start + np.arange(num_frames) / fps)
+
+
+def sample_window(rng, n: int, num_frames: int, stride: int) -> np.ndarray:
+    """num_frames indices spread over a window of num_frames*stride frames at a random place: 0, 4, 8, 12, 17, ..., 63.
+
+    The paper's dense fine-tuning clip: floored, both ends included, an effective stride of 64/15 for 16 frames at 4. A
+    video not longer than the window: n // stride indices spread over all of it, then its last frame.
+    """
+    window = num_frames * stride
+    if n <= window:
+        spread = np.linspace(0, n, n // stride).astype(int)
+        return np.minimum(np.concatenate([spread, np.full(num_frames - len(spread), n)]), n - 1)
+    start = rng.integers(n - window + 1)
+    return np.minimum(np.linspace(start, start + window, num_frames).astype(int), start + window - 1)
+
+
+def nearest(times: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """Indices of the frames whose time stamps (ascending, seconds) are nearest to t; the earlier one of two."""
     if len(times) == 1:
-        return np.zeros(num_frames, int)
+        return np.zeros(len(t), int)
+    right = np.clip(np.searchsorted(times, t), 1, len(times) - 1)
     return np.where(t - times[right - 1] <= times[right] - t, right - 1, right)
 
 
+def timeline(times: np.ndarray, fps: float | None) -> np.ndarray:
+    """Frame indices of a video played at `fps`, whatever rate it was stored at; None: all its frames as stored."""
+    if not fps:
+        return np.arange(len(times))
+    return nearest(times, times[0] + np.arange(int((times[-1] - times[0]) * fps) + 1) / fps)
+
+
 # ---- crops ----
+
+def short_side(height: int, width: int, side: int) -> tuple[int, int]:
+    """(height, width) of a frame scaled so that its shorter side is `side`; the other is rounded down."""
+    return (side, side * width // height) if height <= width else (side * height // width, side)
+
 
 def resize(clip: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """(T, H, W, C) uint8 -> (T, height, width, C) uint8, antialiased bilinear (as PIL does)."""
@@ -364,9 +427,9 @@ class PretrainClips(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.paths)
 
-    def load(self, path: str, rng) -> torch.Tensor:
+    def load(self, index: int, rng) -> torch.Tensor:
         """-> (repeat_aug, T, H, W, C) uint8; VideoError when the file cannot be read."""
-        with VideoReader(path) as video:
+        with VideoReader(self.paths[index]) as video:
             if self.sampling == "sparse":
                 indices = [sample_sparse(rng, len(video), self.num_frames) for _ in range(self.repeat_aug)]
             elif self.fps:
@@ -385,18 +448,63 @@ class PretrainClips(torch.utils.data.Dataset):
         bad = []
         for attempt in range(10):
             rng = np.random.default_rng([self.seed, epoch, index, attempt])
-            path = self.paths[index if attempt == 0 else rng.integers(len(self))]
+            i = index if attempt == 0 else int(rng.integers(len(self)))
             try:
-                return self.load(path, rng), bad
+                return self.load(i, rng), bad
             except VideoError as e:
-                bad.append((path, str(e)))
+                bad.append((self.paths[i], str(e)))
         return None, bad
 
 
-def collate(samples: list) -> tuple[torch.Tensor | None, list]:
-    """[(clips, bad), ...] -> (B*repeat_aug, T, H, W, C) uint8 (None if a sample has none), and all that was bad."""
-    clips = [clips for clips, _ in samples]
-    return None if any(c is None for c in clips) else torch.cat(clips), [b for _, bad in samples for b in bad]
+class FinetuneClips(PretrainClips):
+    """(epoch, index) -> ((clips, labels, boxes), bad), with one augmentation draw for all frames of a clip (section 5).
+
+    clips (repeat_aug, T, H, W, C) uint8, labels (repeat_aug,) int64, boxes (repeat_aug, 4) int64: the rectangles that
+    random erasing fills on the device. Dense clips are windows of T*stride frames, sparse ones have a random frame of
+    each of T segments; fps first resamples the video. All repeat_aug clips show the same frames, augmented differently.
+    Frames whose short side is over max_side pixels are reduced to that first (0: never), as the paper's data were.
+    """
+
+    def __init__(self, paths, labels, num_frames=16, size=(224, 224), stride=4, fps=None, sampling="dense",
+                 repeat_aug=1, max_side=320, rand_aug=(4, 7.0, 0.5), crop_area=(0.08, 1), crop_aspect=(3 / 4, 4 / 3),
+                 flip=True, erase_prob=0.25, seed=0):
+        super().__init__(paths, num_frames, size, stride, fps, sampling, repeat_aug, flip=flip, seed=seed)
+        self.labels, self.max_side, self.rand_aug = labels, max_side, rand_aug
+        self.crop_area, self.crop_aspect, self.erase_prob = crop_area, crop_aspect, erase_prob
+
+    def reduced(self, h: int, w: int) -> tuple[int, int]:
+        """The size that frames of h x w are decoded to."""
+        return short_side(h, w, self.max_side) if self.max_side and min(h, w) > self.max_side else (h, w)
+
+    def load(self, index: int, rng):
+        """-> clips, labels, boxes as above; VideoError when the file cannot be read."""
+        with VideoReader(self.paths[index], self.reduced) as video:
+            frames = timeline(video.times, self.fps)
+            if self.sampling == "sparse":
+                indices = sample_sparse(rng, len(frames), self.num_frames)
+            else:
+                indices = sample_window(rng, len(frames), self.num_frames, self.stride)
+            decoded = torch.from_numpy(video.frames(frames[indices]))
+        planes = decoded.permute(0, 3, 1, 2).contiguous()  # (T, C, H, W)
+        clips, boxes = [], []
+        for _ in range(self.repeat_aug):
+            x = rand_augment(rng, planes, *self.rand_aug)
+            top, left, h, w = random_resized_crop(rng, *x.shape[2:], self.crop_area, self.crop_aspect)
+            x = x[:, :, top:top + h, left:left + w].contiguous()
+            if (h, w) != self.size:
+                x = F.interpolate(x, size=self.size, mode="bilinear", antialias=True)
+            x = x.flip(3) if self.flip and rng.random() < 0.5 else x
+            clips.append(x.permute(0, 2, 3, 1))
+            boxes.append(erase_box(rng, *self.size, self.erase_prob))
+        return torch.stack(clips), torch.full((self.repeat_aug,), self.labels[index]), torch.tensor(boxes)
+
+
+def collate(samples: list):
+    """[(item, bad), ...] -> the items concatenated, tensor by tensor (None if one is None), and all that was bad."""
+    items, bad = [item for item, _ in samples], [b for _, bad in samples for b in bad]
+    if any(item is None for item in items):
+        return None, bad
+    return torch.cat(items) if torch.is_tensor(items[0]) else tuple(map(torch.cat, zip(*items))), bad
 
 
 class Batches:
@@ -429,6 +537,12 @@ class Batches:
             yield batch
 
 
+def ignore_signals(worker: int):
+    """For data workers: a terminal and a job scheduler signal all processes; the main one decides, workers go on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 # ---- pictures out ----
 
 # 3x5 pixels a glyph, a row an octal digit: for labels in pictures, with no font library
@@ -446,6 +560,17 @@ def draw_text(image: np.ndarray, text: str, y: int, x: int, scale: int = 1, colo
         glyph = np.kron(np.array(rows, bool), np.ones((scale, scale), bool))
         place = image[y:y + 5 * scale, x + 4 * scale * k:x + 4 * scale * k + 3 * scale]
         place[glyph[:place.shape[0], :place.shape[1]]] = color
+
+
+def strip(frames: np.ndarray, label: str, columns: int = 8) -> np.ndarray:
+    """(T, H, W, 3) uint8 -> up to `columns` frames side by side under a label."""
+    frames = frames[np.linspace(0, len(frames) - 1, min(columns, len(frames))).astype(int)]
+    zoom = max(1, 112 // frames.shape[1])
+    row = np.concatenate(list(np.pad(frames.repeat(zoom, 1).repeat(zoom, 2), ((0, 0), (0, 2), (0, 2), (0, 0)),
+                                     constant_values=255)), 1)
+    title = np.full((14, row.shape[1], 3), 255, np.uint8)
+    draw_text(title, label, 2, 2, 2)
+    return np.concatenate([title, row])
 
 
 def write_png(path: str, image: np.ndarray):
@@ -497,14 +622,18 @@ def toy_clip(rng, label: int, num_frames: int = TOY_FRAMES, side: int = TOY_SIDE
 
 
 def make_toy(root: str = "toy", log=print):
-    """Writes the toy set to root/{train,val}/<class>/ unless it is there; deterministic, whole or not at all."""
+    """Writes the toy set to root/{train,val,dev}/<class>/ unless it is there; deterministic, whole or not at all.
+
+    dev is for choosing hyper-parameters, so that val stays unseen.
+    """
     if os.path.exists(root):
-        if not os.path.isdir(os.path.join(root, "val")):
-            raise ValueError(f"{root}/ exists but does not hold the toy videos (no {root}/val): move it away")
+        for split in ("train", "val", "dev"):
+            if not os.path.isdir(os.path.join(root, split)):
+                raise ValueError(f"{root}/ exists but does not hold the toy videos (no {root}/{split}): move it away")
         return
     part = f"{root}.{socket.gethostname()}.{os.getpid()}.part"  # several processes may write at once
-    log(f"writing {TOY_TRAIN + TOY_VAL} toy videos to {root}/")
-    for split, seed, count in (("train", 0, TOY_TRAIN), ("val", 1, TOY_VAL)):
+    log(f"writing {TOY_TRAIN + 2 * TOY_VAL} toy videos to {root}/")
+    for split, seed, count in (("train", 0, TOY_TRAIN), ("val", 1, TOY_VAL), ("dev", 2, TOY_VAL)):
         for i in range(count):
             label = i % len(TOY_CLASSES)
             folder = os.path.join(part, split, TOY_CLASSES[label])
@@ -595,6 +724,33 @@ def index_main(args):
           + "".join(f"\n  missing: {path}" for path, _ in missing[:5]) + ("\n  ..." if len(missing) > 5 else ""))
 
 
+# ---- python data.py split ----
+
+def split_main(args):
+    """Deals labelled videos into folds, class by class, or whole groups where a pattern says what belongs together."""
+    paths, labels = read_videos(args.source, args.data_root)
+    classes = class_names([label for label in labels if label is not None])
+    class_ids(labels, classes, paths, args.source)
+    if not 2 <= args.folds or not 0 <= args.fold < args.folds:
+        raise ValueError(f"--folds {args.folds} --fold {args.fold}: expected at least 2 folds, and 0 <= fold < folds")
+    groups = {}
+    for path, label in zip(paths, labels):
+        match = re.search(args.group, path) if args.group else None
+        if args.group and not match:
+            raise ValueError(f"--group {args.group!r}: {path} does not match")
+        groups.setdefault(match[0] if match else path, []).append((path, label))
+    names = sorted(groups)
+    np.random.default_rng(args.seed).shuffle(names)
+    names.sort(key=lambda name: groups[name][0][1])  # stable: class by class, shuffled within
+    val = {name for i, name in enumerate(names) if i % args.folds == args.fold}
+    for out, rows in ((args.train, [r for n in names if n not in val for r in groups[n]]),
+                      (args.val, [r for n in names if n in val for r in groups[n]])):
+        with open(out, "w", encoding="utf-8") as f:
+            f.writelines(f"{path}\t{label}\n" for path, label in rows)
+        print(f"{out}: {len(rows)} videos, {len({label for _, label in rows})} of {len(classes)} classes, "
+              f"{len(val) if out == args.val else len(names) - len(val)} {'groups' if args.group else 'files'}")
+
+
 # ---- python data.py check ----
 
 def check_file(job: tuple[str, bool]) -> tuple[str, int, str | None]:
@@ -654,9 +810,20 @@ def main(argv=None) -> int | None:
     check.add_argument("--num_workers", default=os.cpu_count(), type=int, help="processes")
     check.add_argument("--full", action="store_true", help="decode every frame, not three per file")
     check.add_argument("--write_good", help="write a list of the files that can be read")
+    split = commands.add_parser("split", help="deal labelled videos into a training and a validation list")
+    split.add_argument("source", help="a list file, or a folder with one folder per class")
+    split.add_argument("train", help="the list file to write for training")
+    split.add_argument("val", help="the list file to write for validation")
+    split.add_argument("--data_root", default="", help="goes before relative paths of a list")
+    split.add_argument("--folds", default=5, type=int, help="1/folds of the videos are for validation")
+    split.add_argument("--fold", default=0, type=int, help="which of them, 0 to folds - 1")
+    split.add_argument("--group", help="regular expression: videos whose paths match it alike stay on one side "
+                                       "(one scene, one person, one source video)")
+    split.add_argument("--seed", default=0, type=int)
     commands.add_parser("toy", help="write the toy videos to toy/")
     args = parser.parse_args(argv)
-    return {"index": index_main, "check": check_main, "toy": lambda args: make_toy()}[args.command](args)
+    commands = {"index": index_main, "split": split_main, "check": check_main, "toy": lambda args: make_toy()}
+    return commands[args.command](args)
 
 
 if __name__ == "__main__":

@@ -347,15 +347,19 @@ class VideoMAE(nn.Module):
 
 
 class VideoClassifier(Encoder):
-    """Encoder, mean over all tokens, fc_norm, dropout, head (fine-tuning: no final norm before the mean)."""
+    """Encoder, mean over all tokens, fc_norm, dropout, head (fine-tuning: no final norm before the mean).
 
-    def __init__(self, num_classes: int, head_dropout=0.0, **kwargs):
+    head_norm puts a BatchNorm without parameters before the head, for linear probes of frozen features (MAE, A.1).
+    """
+
+    def __init__(self, num_classes: int, head_dropout=0.0, head_norm=False, **kwargs):
         super().__init__(**kwargs)
         D = SIZES[self.config["size"]]["width"]
         self.fc_norm = nn.LayerNorm(D, eps=1e-6)
+        self.head_norm = nn.BatchNorm1d(D, eps=1e-6, affine=False) if head_norm else nn.Identity()
         self.head_dropout = nn.Dropout(head_dropout)
         self.head = nn.Linear(D, num_classes)
-        self.config["num_classes"] = num_classes
+        self.config |= dict(num_classes=num_classes, head_norm=head_norm)
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)
@@ -366,7 +370,7 @@ class VideoClassifier(Encoder):
     def forward(self, video):
         """(B, T, H, W, C) uint8 or float in [0,1] -> logits (B, num_classes)."""
         x = super().forward(video).mean(1)  # (B, D)
-        return self.head(self.head_dropout(self.fc_norm(x)))
+        return self.head(self.head_dropout(self.head_norm(self.fc_norm(x))))
 
 
 def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:

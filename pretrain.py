@@ -144,12 +144,6 @@ def baselines(model, video, mask) -> tuple[torch.Tensor, torch.Tensor]:
     return score(0), score(mean)
 
 
-def ignore_signals(worker: int):
-    """For data workers: a terminal and a job scheduler signal all processes; the main one decides, workers go on."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 @torch.no_grad()
 def reconstruct(model, video, mask):
     """-> (loss, original, masked, own, true): videos (B, T, H, W, C) in [0,1] of the frames that are to be predicted.
@@ -186,14 +180,7 @@ def picture(model, video, mask, columns: int = 8) -> tuple[float, np.ndarray]:
     rows = []
     for clip in range(len(video)):
         for label, v in zip(labels, videos):
-            frames = (v[clip] * 255).round().byte().cpu().numpy()
-            frames = frames[np.linspace(0, len(frames) - 1, min(columns, len(frames))).astype(int)]
-            zoom = max(1, 112 // frames.shape[1])
-            strip = np.concatenate(list(np.pad(frames.repeat(zoom, 1).repeat(zoom, 2), ((0, 0), (0, 2), (0, 2), (0, 0)),
-                                               constant_values=255)), 1)
-            title = np.full((14, strip.shape[1], 3), 255, np.uint8)
-            data.draw_text(title, label, 2, 2, 2)
-            rows += [title, strip]
+            rows.append(data.strip((v[clip] * 255).round().byte().cpu().numpy(), label, columns))
     return loss.item(), np.concatenate(rows)
 
 
@@ -345,7 +332,8 @@ def main():
                            args.seed)
     loader = torch.utils.data.DataLoader(
         train_set, batch_sampler=batches, num_workers=num_workers, collate_fn=data.collate,
-        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda", prefetch_factor=2 if num_workers else None)
+        worker_init_fn=data.ignore_signals, pin_memory=device.type == "cuda",
+        prefetch_factor=2 if num_workers else None)
 
     say(f"{len(paths)} videos, {args.size} with {count_params(raw_model) / 1e6:.1f} M parameters, "
         f"token grid {'x'.join(map(str, raw_model.grid))}, {num_visible} of {math.prod(raw_model.grid)} tokens visible"

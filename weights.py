@@ -41,8 +41,12 @@ def to_reference(state: dict) -> dict:
     return out
 
 
-def read_weights(path: str) -> tuple[dict, list | None]:
-    """-> state dict in reference names, token grid of its positions (None: images); ValueError names the file."""
+def read_weights(path: str) -> tuple[dict, list | None, dict]:
+    """-> state dict in reference names, token grid of its positions (None: images), and what else the file tells.
+
+    The third is a dict: size, patch_size, tubelet_size, num_frames, img_size [H, W] (where a file does not say, 16 and
+    224), pretrained (holds a decoder), classes (names or None), args (of our script, or {}). ValueError names the file.
+    """
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     if os.path.isdir(path):
         found = [f for f in ("model.safetensors", "pytorch_model.bin") if os.path.exists(os.path.join(path, f))]
@@ -51,7 +55,7 @@ def read_weights(path: str) -> tuple[dict, list | None]:
         path = os.path.join(path, found[0])
     if not os.path.exists(path):
         raise ValueError(f"{path}: no such file")
-    config = {}
+    config, about = {}, dict(classes=None, args={})
     if path.endswith(".safetensors"):
         try:
             from safetensors.torch import load_file
@@ -69,17 +73,54 @@ def read_weights(path: str) -> tuple[dict, list | None]:
             raise ValueError(f"{path}: not a checkpoint that torch loads with weights_only=True ({e})") from None
         if not isinstance(state, dict):
             raise ValueError(f"{path}: holds a {type(state).__name__}, expected a dict of tensors")
-        config = state["config"] if isinstance(state.get("config"), dict) else {}
-        for key in ("model", "module", "state_dict"):
+        if isinstance(state.get("config"), dict):  # ours
+            config, about = state["config"], dict(classes=state.get("classes"), args=state["args"])
+        for key in ("ema", "model", "module", "state_dict"):
             state = state[key] if isinstance(state.get(key), dict) else state
     grid = config.get("pos_grid", (8, 14, 14))  # released files: 16 x 224 x 224
     if any(k.startswith("videomae.") for k in state) and os.path.exists(os.path.join(folder, "config.json")):
         c = json.load(open(os.path.join(folder, "config.json")))
         c = dict(num_frames=16, tubelet_size=2, image_size=224, patch_size=16) | c
+        if "id2label" in c:
+            about["classes"] = [c["id2label"][str(i)] for i in range(len(c["id2label"]))]
         sides = c["image_size"] if isinstance(c["image_size"], list) else [c["image_size"]] * 2
         grid = (c["num_frames"] // c["tubelet_size"], *(s // c["patch_size"] for s in sides))
+        config = dict(num_frames=c["num_frames"], img_size=sides)
     state = to_reference({k: v for k, v in state.items() if isinstance(v, torch.Tensor)})
-    return state, None if "pos_embed" in state else list(grid)
+    blocks = [int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in state) if m]
+    cubes = state.get("patch_embed.proj.weight", torch.empty(0))
+    if not blocks or cubes.ndim < 4:
+        raise ValueError(f"{path}: no ViT in a known layout; it holds {list(state)[:3]}...")
+    width, depth = len(cubes), max(blocks) + 1
+    size = next((name for name, s in SIZES.items() if (s["width"], s["depth"]) == (width, depth)), None)
+    about |= dict(size=size, width=width, depth=depth, patch_size=cubes.shape[-1], num_frames=16, img_size=[224, 224],
+                  tubelet_size=cubes.shape[2] if cubes.ndim == 5 else 1, pretrained="mask_token" in state) | config
+    return state, None if "pos_embed" in state else list(grid), about
+
+
+def build_model(path: str, num_frames: int | None = None, img_size=None, verbose: bool = True):
+    """A weights file of any layout -> (the model it is for, in eval mode, what read_weights tells of it).
+
+    VideoMAE where the file has a decoder, else VideoClassifier. num_frames and img_size default to those of the file.
+    """
+    state, grid, about = read_weights(path)
+    if about["size"] is None:
+        raise ValueError(f"{path}: a ViT of width {about['width']} and {about['depth']} blocks; "
+                         f"expected one of {', '.join(SIZES)}")
+    kwargs = dict(size=about["size"], num_frames=num_frames or about["num_frames"],
+                  img_size=img_size or tuple(about["img_size"]), patch_size=about["patch_size"],
+                  tubelet_size=about["tubelet_size"])
+    kwargs |= {k: about[k] for k in ("mean", "std") if k in about}
+    if about["pretrained"]:
+        kwargs |= {k: about[k] for k in ("norm_pix_loss", "target") if k in about}
+        model = VideoMAE(dec_depth=max(int(k.split(".")[2]) for k in state if k.startswith("decoder.blocks.")) + 1,
+                         **kwargs)
+    elif "head.weight" in state:
+        model = VideoClassifier(len(state["head.weight"]), head_norm="head_norm.running_mean" in state, **kwargs)
+    else:
+        raise ValueError(f"{path}: holds neither a decoder nor a classification head; finetune.py --init takes it")
+    load_pretrained(model, path, verbose)
+    return model.eval(), about
 
 
 def load_pretrained(model: nn.Module, path: str, verbose: bool = True) -> dict:
@@ -90,7 +131,7 @@ def load_pretrained(model: nn.Module, path: str, verbose: bool = True) -> dict:
     prints it. ValueError names the parameter and both shapes where they differ, except for heads, which are skipped and
     start new.
     """
-    source, grid = read_weights(path)
+    source, grid, _ = read_weights(path)
     want = model.state_dict()
     if isinstance(model, VideoMAE):
         source = {f"encoder.{k}" if k.startswith(("patch_embed.", "blocks.", "norm.")) else k: v
@@ -116,9 +157,6 @@ def load_pretrained(model: nn.Module, path: str, verbose: bool = True) -> dict:
         else:
             raise ValueError(f"{path}: {name} is {tuple(x.shape)} in the file, {tuple(y.shape)} in this model: "
                              "other size, patch_size or tubelet_size?")
-    if not fits:
-        raise ValueError(f"{path}: no parameter fits; it holds {list(source)[:3]}..., "
-                         f"the model wants {list(want)[:3]}...")
     model.load_state_dict(fits, strict=False)
     report["loaded"] = list(fits)
     report["new"] = {k: report["skipped"].get(k, "not in the file") for k in want if k not in fits}
@@ -145,8 +183,13 @@ def to_hf(model: nn.Module) -> tuple[dict, dict]:
     if pretrain and model.target != "clip" or c["pos_grid"] != list(model.grid):
         raise ValueError("transformers' VideoMAE knows target=clip and positions of its own grid only (here "
                          f"target={c.get('target', 'clip')}, positions of {c['pos_grid']} resized to {model.grid})")
-    state = {}
-    for name, x in model.state_dict().items():
+    state, weights = {}, model.state_dict()
+    if c.get("head_norm"):  # the linear probe's BatchNorm is part of the linear map
+        mean, scale = weights.pop("head_norm.running_mean"), (weights.pop("head_norm.running_var") + 1e-6).rsqrt()
+        del weights["head_norm.num_batches_tracked"]
+        weights["head.weight"] = weights["head.weight"] * scale
+        weights["head.bias"] = weights["head.bias"] - weights["head.weight"] @ mean
+    for name, x in weights.items():
         name = name.removeprefix("encoder.")
         for old, new in ((r"^decoder\.blocks\.", "decoder.decoder_layers."), (r"^blocks\.", "videomae.encoder.layer."),
                          (r"^norm\.", "videomae.layernorm."), (r"^head\.", "classifier."),

@@ -1,0 +1,217 @@
+"""Augmentation for fine-tuning, in torch on uint8 clips: RandAugment, random-resized crop, erasing, mixup, cutmix.
+
+Everything is drawn once per clip and applied to all its frames alike. A clip is (T, C, H, W) uint8 here: planes are
+several times faster than interleaved pixels. Draws come from a numpy Generator, so they do not depend on workers.
+RandAugment follows PIL, which the paper's code used, to the last bit where PIL's operation is pointwise.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+FILL = 128  # grey level of what a geometric operation brings in from outside
+
+
+# ---- RandAugment: operations on (T, C, H, W) uint8 ----
+
+def lookup(clip: torch.Tensor, table: np.ndarray) -> torch.Tensor:
+    """table (256,), or (T, C, 256) with one row per plane; values are rounded down and clipped to 0..255."""
+    table = np.clip(np.floor(table), 0, 255).astype(np.uint8)
+    if table.ndim == 1:
+        return torch.from_numpy(np.take(table, clip.numpy()))
+    planes = zip(table.reshape(-1, 256), clip.flatten(0, 1).numpy())
+    return torch.from_numpy(np.stack([np.take(row, plane) for row, plane in planes])).view(clip.shape)
+
+
+def auto_contrast(clip, _):
+    """Stretches each plane so that its darkest value becomes 0 and its brightest 255."""
+    low, high = (f(clip.flatten(2), 2).numpy().astype(float)[..., None] for f in (torch.amin, torch.amax))
+    flat = high <= low
+    scale = 255 / np.where(flat, 1, high - low)
+    x = np.arange(256.0)
+    return lookup(clip, np.where(flat, x, np.trunc(x * scale - low * scale)))
+
+
+def equalize(clip, _):
+    """Equalises the histogram of each plane."""
+    tables = []
+    for plane in clip.flatten(0, 1).flatten(1).numpy():
+        count = np.bincount(plane, minlength=256)
+        step = (plane.size - count[count.nonzero()[0][-1]]) // 255  # the last occupied level does not count
+        before = np.cumsum(count) - count
+        tables.append((step // 2 + before) // step if step else np.arange(256))
+    return lookup(clip, np.stack(tables).reshape(*clip.shape[:2], 256))
+
+
+def blend(clip: torch.Tensor, other, factor: float) -> torch.Tensor:
+    """other + factor * (clip - other), rounded down, clipped: factor 0 gives `other`, 1 the clip, 2 exaggerates."""
+    other = other.float() if isinstance(other, torch.Tensor) else other
+    return clip.float().sub_(other).mul_(factor).add_(other).clamp_(0, 255).byte()
+
+
+def grey(clip: torch.Tensor) -> torch.Tensor:
+    """-> (T, 1, H, W) uint8: ITU-R 601 luma in fixed point, as PIL rounds it."""
+    r, g, b = clip.int().unbind(1)
+    return ((r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16).byte()[:, None]
+
+
+def contrast(clip, factor):
+    """Blend with the mean grey of each frame."""
+    mean = (grey(clip).float().mean((1, 2, 3), keepdim=True) + 0.5).floor()  # (T, 1, 1, 1)
+    return blend(clip, mean, factor)
+
+
+def sharpness(clip, factor):
+    """Blend with a smoothed clip (3x3, centre 5, others 1); the outermost pixels stay."""
+    x = clip.float()
+    rows = x[:, :, :-2] + x[:, :, 1:-1] + x[:, :, 2:]
+    box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+    smooth = x.clone()
+    smooth[:, :, 1:-1, 1:-1] = (box.add_(x[:, :, 1:-1, 1:-1], alpha=4) / 13 + 0.5).floor()
+    return blend(clip, smooth, factor)
+
+
+def affine(clip: torch.Tensor, matrix) -> torch.Tensor:
+    """Output pixel (x, y) is the input at (a x + b y + c, d x + e y + f), bilinear; FILL where that lies outside.
+
+    Coordinates are those of PIL: pixel centres at .5. One set of weights serves all planes.
+    """
+    a, b, c, d, e, f = matrix
+    H, W = clip.shape[2:]
+    x, y = torch.arange(W, dtype=torch.float64) + 0.5, torch.arange(H, dtype=torch.float64)[:, None] + 0.5
+    x, y = a * x + b * y + c, d * x + e * y + f  # (H, W): where output pixels come from
+    outside = (x < 0) | (x >= W) | (y < 0) | (y >= H)
+    x, y = x - 0.5, y - 0.5
+    x0, y0 = x.floor(), y.floor()
+    wx, wy = (x - x0).float(), (y - y0).float()
+    column = lambda i: i.clamp(0, W - 1).int()
+    row = lambda j: j.clamp(0, H - 1).int() * W
+    pixels = clip.reshape(-1, H * W).t().contiguous()  # (H*W, T*C): a gather then copies rows, 15 times as fast
+    taps = [(row(y0) + column(x0), (1 - wy) * (1 - wx)), (row(y0) + column(x0 + 1), (1 - wy) * wx),
+            (row(y0 + 1) + column(x0), wy * (1 - wx)), (row(y0 + 1) + column(x0 + 1), wy * wx)]
+    out = torch.full(pixels.shape, 1e-4)  # a whole number that float32 just misses is not rounded down
+    for index, weight in taps:
+        if weight.any():  # shear and translation need two of the four
+            out.addcmul_(pixels.index_select(0, index.flatten()), weight.view(-1, 1))
+    return out.byte().t().reshape(clip.shape).masked_fill_(outside, FILL)
+
+
+def rotate(clip, degrees):
+    """Counter-clockwise about the centre."""
+    H, W = clip.shape[2:]
+    r = -math.radians(degrees)
+    cos, sin = math.cos(r), math.sin(r)
+    return affine(clip, (cos, sin, W / 2 - cos * W / 2 - sin * H / 2, -sin, cos, H / 2 + sin * W / 2 - cos * H / 2))
+
+
+X = np.arange(256)
+# name -> (operation(clip, argument), argument from the magnitude m in [0, 10] and a sign +-1)
+OPERATIONS = {
+    "AutoContrast": (auto_contrast, lambda m, s: None),
+    "Equalize": (equalize, lambda m, s: None),
+    "Invert": (lambda clip, _: 255 - clip, lambda m, s: None),
+    "Rotate": (rotate, lambda m, s: s * 30 * m / 10),  # degrees
+    "Posterize": (lambda clip, bits: clip & (0xFF00 >> bits & 0xFF), lambda m, s: 4 - int(0.4 * m)),  # bits that stay
+    "Solarize": (lambda clip, t: lookup(clip, np.where(X < t, X, 255 - X)), lambda m, s: 256 - int(25.6 * m)),
+    "SolarizeAdd": (lambda clip, a: lookup(clip, np.where(X < 128, X + a, X)), lambda m, s: int(11 * m)),
+    "Color": (lambda clip, f: blend(clip, grey(clip), f), lambda m, s: 1 + s * 0.09 * m),
+    "Contrast": (contrast, lambda m, s: 1 + s * 0.09 * m),
+    "Brightness": (lambda clip, f: blend(clip, 0, f), lambda m, s: 1 + s * 0.09 * m),
+    "Sharpness": (sharpness, lambda m, s: 1 + s * 0.09 * m),
+    "ShearX": (lambda clip, f: affine(clip, (1, f, 0, 0, 1, 0)), lambda m, s: s * 0.03 * m),
+    "ShearY": (lambda clip, f: affine(clip, (1, 0, 0, f, 1, 0)), lambda m, s: s * 0.03 * m),
+    "TranslateX": (lambda clip, f: affine(clip, (1, 0, f * clip.shape[3], 0, 1, 0)), lambda m, s: s * 0.045 * m),
+    "TranslateY": (lambda clip, f: affine(clip, (1, 0, 0, 0, 1, f * clip.shape[2])), lambda m, s: s * 0.045 * m),
+}
+
+
+def rand_augment(rng, clip: torch.Tensor, num_ops=4, magnitude=7.0, std=0.5, prob=0.5) -> torch.Tensor:
+    """m7-n4-mstd0.5-inc1: num_ops operations drawn with replacement, each applied with `prob`.
+
+    clip (T, C, H, W) uint8 -> the same. Each has its own magnitude ~ N(magnitude, std) in [0, 10] and its own sign.
+    """
+    for name in rng.choice(list(OPERATIONS), num_ops):
+        if rng.random() < prob:
+            operation, argument = OPERATIONS[name]
+            m = float(np.clip(rng.normal(magnitude, std), 0, 10))
+            clip = operation(clip, argument(m, 1 if rng.random() < 0.5 else -1))
+    return clip
+
+
+# ---- crop, erasing ----
+
+def random_box(rng, height: int, width: int, area, aspect, tries: int = 10):
+    """-> (top, left, h, w) in whole pixels: a share of the area in `area`, w/h log-uniform in `aspect`, or None."""
+    for _ in range(tries):
+        pixels = rng.uniform(*area) * height * width
+        ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        h, w = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    return None
+
+
+def random_resized_crop(rng, height: int, width: int, area=(0.08, 1), aspect=(3 / 4, 4 / 3)):
+    """-> (top, left, h, w): random_box, or the largest central crop whose w/h lies in `aspect`."""
+    box = random_box(rng, height, width, area, aspect)
+    if box is None:
+        h = min(height, round(width / aspect[0]))
+        w = min(width, round(height * aspect[1]))
+        box = (height - h) // 2, (width - w) // 2, h, w
+    return box
+
+
+def erase_box(rng, height: int, width: int, prob: float) -> list:
+    """-> [top, left, h, w] of random erasing (area .02 to 1/3, aspect .3 to 3.3), all 0 with probability 1 - prob."""
+    box = random_box(rng, height, width, (0.02, 1 / 3), (0.3, 1 / 0.3)) if rng.random() < prob else None
+    return list(box or (0, 0, 0, 0))
+
+
+# ---- on the device, on batches: erasing, mixup, cutmix ----
+
+def inside(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """(B, 4) int top, left, h, w -> (B, 1, H, W, 1) bool."""
+    y, x = (torch.arange(n, device=boxes.device) for n in (height, width))
+    top, left, h, w = boxes.T[..., None]  # each (B, 1)
+    rows, columns = (y >= top) & (y < top + h), (x >= left) & (x < left + w)
+    return (rows[:, :, None] & columns[:, None, :])[:, None, :, :, None]
+
+
+def erase(video: torch.Tensor, boxes: torch.Tensor, mean, std) -> torch.Tensor:
+    """(B, T, H, W, C) float in [0,1], boxes (B, 4): normal noise (after mean and std) in the box, in all frames."""
+    noise = torch.randn_like(video) * torch.tensor(std, device=video.device) + torch.tensor(mean, device=video.device)
+    return torch.where(inside(boxes, *video.shape[2:4]), noise, video)
+
+
+def mix(rng, video, labels, num_classes, mixup=0.8, cutmix=1.0, switch_prob=0.5, smoothing=0.1):
+    """Mixup or CutMix with the batch reversed, one lambda for all; (video, soft targets (B, num_classes) float32).
+
+    video (B, T, H, W, C) float. lambda ~ Beta(mixup, mixup), or with switch_prob Beta(cutmix, cutmix), then the share
+    outside the box (the same in all frames). 0 turns either off. Targets are smoothed before they are mixed.
+    """
+    off = smoothing / num_classes
+    target = torch.full((len(labels), num_classes), off, device=labels.device)
+    target.scatter_(1, labels[:, None], 1 - smoothing + off)
+    if not mixup and not cutmix:
+        return video, target
+    use_cutmix = cutmix and (not mixup or rng.random() < switch_prob)
+    alpha = cutmix if use_cutmix else mixup
+    lam = rng.beta(alpha, alpha)
+    if use_cutmix:
+        box, lam = cutmix_box(rng, *video.shape[2:4], lam)
+        boxes = torch.tensor([box], device=video.device)
+        video = torch.where(inside(boxes, *video.shape[2:4]), video.flip(0), video)
+    else:
+        video = torch.lerp(video.flip(0), video, lam)
+    return video, target * lam + target.flip(0) * (1 - lam)
+
+
+def cutmix_box(rng, height: int, width: int, lam: float) -> tuple[tuple, float]:
+    """-> (top, left, h, w) of share 1 - lam around a uniform centre, cut off at the edges, and the lambda that it has.
+    """
+    h, w = int(height * math.sqrt(1 - lam)), int(width * math.sqrt(1 - lam))
+    y, x = rng.integers(height), rng.integers(width)
+    top, bottom = (int(np.clip(v, 0, height)) for v in (y - h // 2, y + h // 2))
+    left, right = (int(np.clip(v, 0, width)) for v in (x - w // 2, x + w // 2))
+    return (top, left, bottom - top, right - left), 1 - (bottom - top) * (right - left) / (height * width)
