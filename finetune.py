@@ -249,8 +249,10 @@ def main():
         like = {k: about[k] for k in like}
         if about["tubelet_size"] == 1 and about["num_frames"] == 16 and not about["args"]:
             like["tubelet_size"] = 2  # an image ViT, to be inflated
-    shape = {k: getattr(args, k) or v for k, v in like.items()}
-    shape["img_size"] = tuple([args.img_size] * 2 if args.img_size else like["img_size"])
+    shape = dict(size=args.size or like["size"], num_frames=args.num_frames or like["num_frames"],
+                 img_size=(args.img_size, args.img_size) if args.img_size else tuple(like["img_size"]),
+                 patch_size=args.patch_size or like["patch_size"],
+                 tubelet_size=args.tubelet_size or like["tubelet_size"])
     if shape["size"] is None:
         raise ValueError(f"{args.init}: a ViT of width {about['width']} and {about['depth']} blocks; "
                          f"expected one of {', '.join(SIZES)}")

@@ -7,7 +7,10 @@ it is installed.
 import argparse
 import ast
 import contextlib
+import csv
 import functools
+import importlib
+import io
 import json
 import math
 import os
@@ -26,13 +29,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import augment
 import data
+import finetune
 import masking
 import pretrain
 import weights
 from model import (SIZES, Encoder, HeadwiseAttention, VideoClassifier, VideoMAE, count_params, forward_macs,
                    normalize_cubes, param_groups, patchify, position_table, sincos_table, split, unpatchify)
 
+evaluate = importlib.import_module("eval")  # `import eval` would hide the builtin
 HERE = os.path.dirname(os.path.abspath(__file__))
 TESTS = []
 
@@ -536,6 +542,157 @@ def test_mask_errors():
         masking.make_mask("running_cell", 1, (4, 3, 2), 0.5)
 
 
+# ---------------------------------------------------------------- augment.py
+
+def pixels(*values):
+    """A one-frame clip (1, 3, 1, n) with these values in all channels."""
+    return torch.tensor(values, dtype=torch.uint8).expand(1, 3, 1, len(values)).contiguous()
+
+
+@test
+def test_rand_augment_operations_by_hand():
+    """The arguments at magnitude 7 and the pixels that each operation gives equal values computed by hand."""
+    level = {name: (argument(7, 1), argument(7, -1)) for name, (_, argument) in augment.OPERATIONS.items()}
+    near = lambda a, b: all(abs(x - y) < 1e-9 for x, y in zip(a, b))
+    assert near(level["Rotate"], (21, -21)) and near(level["ShearX"], (0.21, -0.21))
+    assert near(level["TranslateY"], (0.315, -0.315)) and near(level["Color"], (1.63, 0.37))
+    assert level["Posterize"] == (2, 2) and level["Solarize"] == (77, 77) and level["SolarizeAdd"] == (77, 77)
+    at_most = [augment.OPERATIONS[name][1](10, 1) for name in ("Posterize", "Solarize", "SolarizeAdd")]
+    assert at_most == [0, 0, 110]
+    for name, argument, given, expect in (
+            ("Invert", None, (0, 7, 255), (255, 248, 0)), ("Posterize", 2, (63, 64, 200, 255), (0, 64, 192, 192)),
+            ("Posterize", 0, (63, 255), (0, 0)), ("Solarize", 77, (76, 77, 255), (76, 178, 0)),
+            ("SolarizeAdd", 77, (0, 127, 128, 255), (77, 204, 128, 255)),
+            ("AutoContrast", None, (50, 75, 100, 150), (0, 63, 127, 255)), ("AutoContrast", None, (9, 9), (9, 9)),
+            ("Brightness", 1.63, (0, 100, 200), (0, 163, 255)), ("Brightness", 0.37, (0, 100, 200), (0, 37, 74)),
+            ("Contrast", 0.37, (0, 100, 200), (63, 100, 137)),  # grey mean 100
+            ("Color", 0.37, (0, 100, 200), (0, 100, 200)),  # grey stays grey
+            ("TranslateX", 0.5, (10, 20, 30, 40), (30, 40, 128, 128)),
+            ("TranslateX", -0.25, (10, 20, 30, 40), (128, 10, 20, 30)),
+            ("TranslateX", 0.125, (10, 20, 30, 40), (15, 25, 35, 128))):  # half a pixel
+        out = augment.OPERATIONS[name][0](pixels(*given), argument)
+        assert out.dtype == torch.uint8 and out[0, 0, 0].tolist() == out[0, 2, 0].tolist() == list(expect), (name, out)
+    square = torch.arange(0, 90, 10, dtype=torch.uint8).view(1, 1, 3, 3).repeat(2, 3, 1, 1)
+    turned = augment.rotate(square, 90)[0, 0]
+    assert turned.tolist() == square[0, 0].rot90(1).tolist(), turned
+    smooth = augment.sharpness(square, 0)[0, 1]
+    assert smooth[1, 1] == int((sum(range(0, 90, 10)) + 4 * 40) / 13 + 0.5) and smooth[0].tolist() == [0, 10, 20]
+    ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 3, 1, 1) // 2  # 128 levels, two of each
+    step = (256 - 2) // 255  # the last level does not count
+    assert augment.equalize(ramp, None)[0, 0, 0].tolist() == [min(255, (step // 2 + 2 * (i // 2)) // step)
+                                                              for i in range(16)] if step else True
+
+
+@test
+def test_rand_augment_equals_pil():
+    """On noise and on ramps the pointwise operations equal PIL's to the bit, the geometric ones to 1 of 255."""
+    try:
+        from PIL import Image, ImageEnhance, ImageOps
+    except ImportError:
+        raise Skip("needs `pip install pillow`") from None
+    fill = (augment.FILL,) * 3
+
+    def pil(name, argument, image):
+        affine = lambda *m: image.transform(image.size, Image.AFFINE, m, resample=Image.BILINEAR, fillcolor=fill)
+        w, h = image.size
+        return {"AutoContrast": lambda: ImageOps.autocontrast(image), "Equalize": lambda: ImageOps.equalize(image),
+                "Invert": lambda: ImageOps.invert(image), "Posterize": lambda: ImageOps.posterize(image, argument),
+                "Solarize": lambda: ImageOps.solarize(image, argument),
+                "SolarizeAdd": lambda: image.point([min(255, i + argument * (i < 128)) for i in range(256)] * 3),
+                "Rotate": lambda: image.rotate(argument, resample=Image.BILINEAR, fillcolor=fill),
+                "ShearX": lambda: affine(1, argument, 0, 0, 1, 0), "ShearY": lambda: affine(1, 0, 0, argument, 1, 0),
+                "TranslateX": lambda: affine(1, 0, argument * w, 0, 1, 0),
+                "TranslateY": lambda: affine(1, 0, 0, 0, 1, argument * h),
+                }.get(name, lambda: getattr(ImageEnhance, name)(image).enhance(argument))()
+    rng = np.random.default_rng(0)
+    ramp = np.stack(np.broadcast_arrays(*np.ogrid[:40, :60], 99), -1).astype(np.uint8)
+    for frame in (rng.integers(0, 256, (41, 60, 3), dtype=np.uint8), ramp * 3, np.full((8, 9, 3), 77, np.uint8),
+                  np.where(rng.random((30, 31, 3)) < 0.5, 10, 200).astype(np.uint8)):
+        clip = torch.from_numpy(frame).permute(2, 0, 1)[None].contiguous()
+        for name, (operation, argument) in augment.OPERATIONS.items():
+            for m, sign in ((0.0, 1), (6.5, 1), (7.2, -1), (9.9, 1)):
+                ours = operation(clip, argument(m, sign))[0].permute(1, 2, 0).numpy().astype(int)
+                error = abs(ours - np.array(pil(name, argument(m, sign), Image.fromarray(frame))))
+                geometric = name.startswith(("Rotate", "Shear", "Translate"))
+                assert error.max() <= geometric and (error > 0).mean() < 0.02, (name, m, sign, error.max())
+
+
+@test
+def test_rand_augment_draws():
+    """N operations with replacement, each applied half the time, m ~ N(7, .5) in [0, 10]; one draw for all frames."""
+    applied = []
+    spies = {name: (lambda clip, m, name=name: (applied.append((name, m)), clip)[1], lambda m, s: m * s)
+             for name in augment.OPERATIONS}
+    real, augment.OPERATIONS = augment.OPERATIONS, spies
+    try:
+        for seed in range(1500):
+            augment.rand_augment(np.random.default_rng(seed), pixels(1, 2))
+    finally:
+        augment.OPERATIONS = real
+    names, m = zip(*applied)
+    assert abs(len(m) / 1500 - 2) < 0.1 and {names.count(n) > 120 for n in real} == {True}
+    assert abs(np.mean(np.abs(m)) - 7) < 0.05 and abs(np.std(np.abs(m)) - 0.5) < 0.03
+    assert abs(np.mean(np.sign(m))) < 0.06
+    frame = torch.randint(0, 256, (1, 3, 24, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    changed = 0
+    for seed in range(30):
+        out = augment.rand_augment(np.random.default_rng(seed), frame.expand(3, -1, -1, -1).contiguous())
+        assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
+        changed += not torch.equal(out[0], frame[0])
+    assert 20 < changed
+
+
+@test
+def test_random_resized_crop_and_erasing():
+    """Crops lie inside with the stated area and aspect, or are the central one; one box in a quarter of the clips."""
+    areas = []
+    for seed in range(500):
+        y, x, h, w = augment.random_resized_crop(np.random.default_rng(seed), 240, 320)
+        assert y >= 0 and x >= 0 and y + h <= 240 and x + w <= 320 and 0.72 < w / h < 1.37
+        areas.append(h * w / 240 / 320)
+    assert 0.075 < min(areas) < 0.12 and 0.85 < max(areas) <= 1 and abs(np.mean(areas) - 0.5) < 0.08
+    assert augment.random_resized_crop(np.random.default_rng(0), 20, 400, (0.9, 1)) == (0, 186, 20, 27)
+    boxes = [augment.erase_box(np.random.default_rng(s), 100, 100, 0.25) for s in range(1000)]
+    some = [h * w / 1e4 for _, _, h, w in boxes if h]
+    assert 200 < len(some) < 300 and 0.015 < min(some) and max(some) < 0.34
+    video = torch.full((2, 3, 40, 50, 3), 0.25)
+    torch.manual_seed(0)
+    out = augment.erase(video, torch.tensor([[0, 0, 0, 0], [5, 10, 30, 20]]), (0.4, 0.5, 0.6), (0.2, 0.2, 0.1))
+    inside = torch.zeros(40, 50, dtype=torch.bool)
+    inside[5:35, 10:30] = True
+    assert torch.equal(out[0], video[0]) and (out[1, :, ~inside] == 0.25).all()
+    noise = (out[1, :, inside] - torch.tensor([0.4, 0.5, 0.6])) / torch.tensor([0.2, 0.2, 0.1])
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05 and not torch.equal(noise[0], noise[1])
+
+
+@test
+def test_mix():
+    """Mixup and CutMix with the reversed batch; soft targets equal those by hand; lambda is the area that is left."""
+    class Fixed:
+        def __init__(self, lam, y=0, x=0): self.lam, self.places = lam, [y, x]
+        beta = lambda self, a, b: self.lam
+        random = lambda self: 0.9  # no cutmix at switch_prob .5
+        integers = lambda self, n: self.places.pop(0)
+    video = torch.arange(3.0).view(3, 1, 1, 1, 1).expand(3, 2, 8, 12, 3).contiguous()
+    labels = torch.tensor([0, 1, 3])
+    x, y = augment.mix(Fixed(0.3), video, labels, 4)
+    assert torch.allclose(x[:, 0, 0, 0, 0], torch.tensor([1.4, 1.0, 0.6]))
+    hard = torch.tensor([[0.3, 0, 0, 0.7], [0, 1, 0, 0], [0.7, 0, 0, 0.3]])
+    assert torch.allclose(y, 0.9 * hard + 0.1 / 4) and torch.allclose(y.sum(1), torch.ones(3))
+    x, y = augment.mix(Fixed(0.75, 4, 11), video, labels, 4, mixup=0, smoothing=0)
+    # half the sides: 4 x 6 around (4, 11): rows 2..5, columns 8..11 after the cut at the edge
+    inside = torch.zeros(8, 12, dtype=torch.bool)
+    inside[2:6, 8:12] = True
+    assert (x[0, :, inside] == 2).all() and (x[0, :, ~inside] == 0).all() and (x[1] == 1).all()
+    assert torch.allclose(y[0], torch.tensor([5 / 6, 0, 0, 1 / 6]))
+    x, y = augment.mix(Fixed(0.5), video, labels, 4, mixup=0, cutmix=0, smoothing=0)
+    assert torch.equal(x, video) and torch.equal(y, F.one_hot(labels, 4).float())
+    draws = [augment.mix(np.random.default_rng(s), video[:2], labels[:2], 4, smoothing=0) for s in range(600)]
+    mixed = np.array([y[0, 0].item() for x, y in draws if len(x[0].unique()) == 1])
+    assert abs(len(mixed) / 600 - 0.5) < 0.08 and abs(mixed.mean() - 0.5) < 0.06
+    assert abs(mixed.std() - (0.25 / 2.6) ** 0.5) < 0.03  # of Beta(.8, .8)
+
+
 # ---------------------------------------------------------------- data.py
 
 def numbered(n=40, h=64, w=96):
@@ -871,6 +1028,85 @@ def test_text_is_drawn():
     data.draw_text(image, "WWWWWWWW", 9, 0, 2)
 
 
+@test
+def test_finetuning_windows_and_timelines():
+    """Dense fine-tuning indices are 0 4 8 12 17 ... 63; short videos and other frame rates equal hand-computed ones."""
+    class Low:
+        integers = staticmethod(lambda n: 0)
+    class High:
+        integers = staticmethod(lambda n: n - 1)
+    window = [0, 4, 8, 12, 17, 21, 25, 29, 34, 38, 42, 46, 51, 55, 59, 63]
+    assert data.sample_window(Low, 100, 16, 4).tolist() == window
+    assert data.sample_window(High, 100, 16, 4).tolist() == [36 + i for i in window]
+    assert data.sample_window(Low, 65, 16, 4).tolist() == window
+    assert data.sample_window(Low, 30, 16, 4).tolist() == [0, 5, 10, 15, 20, 25] + 10 * [29]
+    assert data.sample_window(Low, 1, 4, 4).tolist() == [0, 0, 0, 0]
+    times = np.arange(64) / 32 + 5  # 2 s at 32 fps
+    assert data.timeline(times, None).tolist() == list(range(64))
+    assert data.timeline(times, 8).tolist() == list(range(0, 64, 4))
+    assert data.timeline(times, 64).tolist() == [i // 2 for i in range(127)]  # the earlier one of two
+    assert data.timeline(np.array([0, 0.1, 0.5, 0.6, 1.0]), 4).tolist() == [0, 1, 2, 3, 4]
+    assert data.short_side(240, 321, 224) == (224, 299) and data.short_side(321, 240, 224) == (299, 224)
+
+
+@test
+def test_classes_and_splits():
+    """Integers sort as numbers, names as names; unknown and missing labels are named; groups stay on one side."""
+    assert data.class_names(["10", "2", "2"]) == ["2", "10"] and data.class_names(["b", "10", "a"]) == ["10", "a", "b"]
+    assert data.class_ids(["b", "a"], ["a", "b"], ["x", "y"], "z") == [1, 0]
+    with raises("'c'", "y.mp4", "a, b"):
+        data.class_ids(["a", "c"], ["a", "b"], ["x.mp4", "y.mp4"], "z")
+    with raises("1 of 2", "no label", "y.mp4"):
+        data.class_ids(["a", None], ["a"], ["x.mp4", "y.mp4"], "z")
+    source = os.path.join(TMP, "all.tsv")
+    rows = [f"{TMP}/{label}/s{scene}_{i}.mp4\t{label}" for label in "ab" for scene in range(5) for i in range(2)]
+    os.makedirs(os.path.join(TMP, "a"), exist_ok=True)
+    open(os.path.join(TMP, "a", "s0_0.mp4"), "w").close()
+    open(source, "w").write("\n".join(rows))
+    seen = []
+    for fold in range(5):
+        train, val = os.path.join(TMP, "t.tsv"), os.path.join(TMP, "v.tsv")
+        with contextlib.redirect_stdout(None):
+            data.main(["split", source, train, val, "--fold", str(fold), "--group", r"s\d"])
+        a, b = open(train).read().splitlines(), open(val).read().splitlines()
+        assert sorted(a + b) == sorted(rows) and len(b) == 4
+        assert not {re.search(r"s\d", r)[0] for r in a} & {re.search(r"s\d", r)[0] for r in b}
+        seen += b
+    assert sorted(seen) == sorted(rows)
+    with contextlib.redirect_stdout(None):
+        data.main(["split", source, train, val])
+    assert [r.split("\t")[1] for r in open(val).read().splitlines()] == ["a", "a", "b", "b"]
+    with raises("--group", "does not match"):
+        data.main(["split", source, train, val, "--group", "scene"])
+
+
+@test
+def test_finetuning_clips():
+    """Labels follow the video that was read; repeated views show the same frames; off means exactly resized frames."""
+    folder = toy_videos()
+    paths = sorted(data.read_videos(folder)[0])
+    broken = os.path.join(TMP, "broken_ft.mp4")
+    open(broken, "w").write("x")
+    plain = dict(num_frames=4, size=(48, 48), stride=2, rand_aug=(0, 0, 0), crop_area=(1, 1), crop_aspect=(1, 1),
+                 flip=False, erase_prob=0)
+    ds = data.FinetuneClips(paths + [broken], list(range(len(paths))) + [99], repeat_aug=2, seed=3, **plain)
+    (clip, labels, boxes), bad = ds[0, len(paths)]
+    assert [p for p, _ in bad] == [broken] * len(bad) and bad and labels[0] == labels[1] != 99
+    with data.VideoReader(paths[labels[0]]) as video:
+        frames = torch.from_numpy(video.frames(range(len(video))))
+    assert torch.equal(clip[0], clip[1]) and (boxes == 0).all()
+    first = (frames == clip[0, 0]).flatten(1).all(1).nonzero().item()
+    assert torch.equal(clip[0], frames[first + torch.tensor([0, 2, 5, 7])])
+    full = data.FinetuneClips(paths, list(range(len(paths))), 4, (32, 32), 2, repeat_aug=2, seed=3)
+    loaders = [torch.utils.data.DataLoader(full, batch_sampler=data.Batches(12, 4, 1, 0, 1, 0, 4, 3), num_workers=n,
+                                           collate_fn=data.collate) for n in (0, 2)]
+    for (a, _), (b, _) in zip(*loaders, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b)) and a[0].shape == (8, 4, 32, 32, 3)
+        assert a[1].tolist()[::2] == a[1].tolist()[1::2] and not torch.equal(a[0][0], a[0][1])
+    small_side = data.FinetuneClips(paths, [0] * 12, max_side=20).reduced
+    assert small_side(40, 60) == (20, 30) and small_side(18, 60) == (18, 60)
+
+
 # ---------------------------------------------------------------- pretrain.py
 
 def start(script, *args, ranks=None, cwd=None):
@@ -1036,6 +1272,415 @@ def test_lr_schedule():
     assert lr[0] == 0 and lr[5] == 0.5 and lr[10] == 1 and abs(lr[60] - 0.55) < 1e-12 and abs(lr[110] - 0.1) < 1e-12
     assert lr[:11] == sorted(lr[:11]) and lr[10:] == sorted(lr[10:], reverse=True)
 
+
+# ---------------------------------------------------------------- finetune.py
+
+TUNE = ["--size", "tiny", "--num_frames", 4, "--img_size", 16, "--patch_size", 8, "--sampling_rate", 1,
+        "--dtype", "fp32", "--max_steps", 6, "--epochs", 2, "--warmup_epochs", 0.5, "--lr", 0.05, "--log_every", 1,
+        "--num_workers", 0, "--device", "cpu", "--eval_every", 1]
+PLAIN = ["--mixup", 0, "--cutmix", 0, "--drop_path", 0, "--reprob", 0]  # what is drawn per rank: off
+
+
+@functools.cache
+def labelled():
+    """A list of 12 toy videos in 3 classes, and one of 5 for validation."""
+    toy_videos()
+    lists = []
+    for name, ids in (("train", range(12)), ("val", (0, 1, 2, 4, 8))):
+        lists.append(os.path.join(TMP, f"tune_{name}.tsv"))
+        open(lists[-1], "w").write("".join(f"{toy_videos()}/{i}.mp4\t{'xyz'[i % 3]} class\n" for i in ids))
+    return lists
+
+
+def tune(name, *args, **kw):
+    """A fine-tuning run of a few steps -> its output, its last checkpoint (None: none), its log rows."""
+    out, (train, val) = os.path.join(TMP, name), labelled()
+    text = run("finetune.py", *TUNE, "--data", train, "--val_data", val, "--out_dir", out, *args, **kw)
+    last, log = os.path.join(out, "last.pt"), os.path.join(out, "log.jsonl")
+    rows = [json.loads(r) for r in open(log)] if os.path.exists(log) else []
+    return text, torch.load(last, weights_only=True) if os.path.exists(last) else None, rows
+
+
+@test
+def test_finetuning_killed_and_resumed_is_bit_identical():
+    """SIGKILL at a random step, resume, all augmentation, drop path, EMA on: the same weights, averages and best."""
+    args = ["--batch_size", 4, "--drop_path", 0.3, "--head_dropout", 0.3, "--ema", 0.8, "--repeat_aug", 2]
+    _, whole, rows = tune("tune_whole", *args)
+    name, stop_at = os.path.join(TMP, "tune_killed"), random.randint(3, 5)
+    train, val = labelled()
+    process = start("finetune.py", *TUNE, "--data", train, "--val_data", val, "--out_dir", name, *args,
+                    "--save_every", 2, "--num_workers", 2)
+    for line in process.stdout:
+        if line.startswith(f"step {stop_at}/"):
+            kill_tree(process.pid)
+            break
+    process.communicate()
+    text, again, resumed_rows = tune("tune_killed", *args, "--num_workers", 1)
+    assert "resumed" in text
+    assert difference(whole["model"], again["model"]) == 0 == difference(whole["ema"], again["ema"])
+    assert whole["best"] == again["best"] and difference(whole["model"], whole["ema"]) > 0
+    figures = lambda rows: [(r["step"], r.get("loss"), r.get("val_top1"), r.get("val_loss")) for r in rows]
+    assert figures(rows) == figures(resumed_rows)
+    assert [r["step"] for r in rows if "val_top1" in r] == [3, 6] and all("loss" in r for r in rows if "lr" in r)
+    best = weights.build_model(os.path.join(TMP, "tune_whole", "best.pt"), verbose=False)
+    assert best[1]["classes"] == ["x class", "y class", "z class"]
+    assert torch.load(os.path.join(TMP, "tune_whole", "best.pt"), weights_only=True)["best"] == whole["best"]
+
+
+@test
+def test_finetuning_ranks_and_accumulation_equal_a_bigger_batch():
+    """Two ranks x 2, and 2 accumulated x 2, give batch 4's weights and validation figures (fp32, 2e-5)."""
+    runs = [tune("tune_4", *PLAIN, "--batch_size", 4),
+            tune("tune_acc", *PLAIN, "--batch_size", 2, "--accum_steps", 2),
+            tune("tune_2", *PLAIN, "--batch_size", 2, ranks=2)]
+    for _, state, rows in runs[1:]:
+        assert difference(state["model"], runs[0][1]["model"]) < 2e-5
+        for a, b in zip(rows, runs[0][2], strict=True):
+            assert a["step"] == b["step"] and all(abs(a[k] - b[k]) < 1e-4 for k in ("loss", "val_top1", "val_loss")
+                                                  if k in a)
+            assert a.get("val_videos", 5) == 5
+
+
+@test
+def test_what_is_trained():
+    """--linear_probe moves the head only; --freeze 2 leaves the patch embedding and 2 blocks as --init has them."""
+    torch.manual_seed(1)
+    source = VideoMAE("tiny", num_frames=4, img_size=16, patch_size=8)
+    init = os.path.join(TMP, "init.pt")
+    torch.save(dict(model=source.state_dict(), config=source.config, classes=None, args={}), init)
+    shapeless = ["--data", labelled()[0], "--max_steps", 2, "--batch_size", 4, "--num_workers", 0, "--device", "cpu",
+                 "--dtype", "fp32", "--sampling_rate", 1, "--log_every", 1]
+    encoder = {k: v for k, v in source.encoder.state_dict().items() if not k.startswith("norm.")}
+    out = os.path.join(TMP, "probe")
+    text = run("finetune.py", *shapeless, "--init", init, "--linear_probe", "--out_dir", out)  # shaped as init is
+    probe = torch.load(os.path.join(out, "last.pt"), weights_only=True)
+    assert all(torch.equal(probe["model"][k], v) for k, v in encoder.items()) and "no best.pt" in text
+    assert probe["config"]["head_norm"] and probe["model"]["head_norm.num_batches_tracked"] == 2
+    assert probe["model"]["head.weight"].abs().max() > 1e-3 and (probe["model"]["fc_norm.weight"] == 1).all()
+    assert list(probe["optimizer"]["state"][0]) == ["momentum_buffer"]
+    out = os.path.join(TMP, "freeze")
+    run("finetune.py", *shapeless, "--init", init, "--freeze", 2, "--out_dir", out)
+    state = torch.load(os.path.join(out, "last.pt"), weights_only=True)["model"]
+    for k, v in encoder.items():
+        still = k.startswith(("patch_embed.", "blocks.0.", "blocks.1."))
+        assert torch.equal(state[k], v) == still, k
+
+
+@test
+def test_finetuning_mistakes():
+    """Impossible flags, labels and lists of finetune.py: named, with what is allowed, no traceback."""
+    train, val = labelled()
+    unseen, single, unlabelled = (os.path.join(TMP, f"{n}.tsv") for n in ("unseen", "single", "unlabelled"))
+    open(unseen, "w").write(open(val).read().replace("z class", "w class"))
+    open(single, "w").write("".join(r.split("\t")[0] + "\tx\n" for r in open(train)))
+    open(unlabelled, "w").write("".join(r.split("\t")[0] + "\n" for r in open(train)))
+    for args, words in ((["--val_data", unseen], ["'w class'", "2.mp4", "x class"]),
+                        (["--data", single], ["one class only"]), (["--data", unlabelled], ["12 of 12", "no label"]),
+                        (["--batch_size", 13], ["12 videos", "13"]), (["--linear_probe"], ["--init"]),
+                        (["--rand_aug", 2, 11, 0], ["--rand_aug"]), (["--freeze", 9], ["--freeze 9", "4 blocks"]),
+                        (["--crop_area", 0.5, 0.2], ["--crop_area 0.5 0.2"]),
+                        (["--init", "absent.pth"], ["absent.pth"])):
+        text = mistake(finetune, *TUNE, "--batch_size", 4, "--data", train, "--val_data", val, "--out_dir",
+                       os.path.join(TMP, "ft_mistake"), *args)
+        assert all(w in text for w in words), text
+    rows = open(train).read().splitlines()
+    open(unseen, "w").write("\n".join(rows + rows[:1] + [rows[0].replace("x class", "turning left")]))
+    text = tune("imbalanced", "--data", unseen, "--max_steps", 1, "--batch_size", 4)[0]
+    assert "imbalanced" in text and "turning left 1" in text and "--no-flip?" in text
+    assert "5 of the 5 validation videos are also trained on" in text and "would get 40.0 %" in text
+
+
+# ---------------------------------------------------------------- eval.py
+
+@test
+def test_views():
+    """K400's and SSv2's clips, and the crops along the long side, equal hand-computed ones."""
+    k400 = evaluate.view_indices(300, 16, 4, "dense", 5)  # 75 frames at stride 4, 59 to spare
+    assert k400[:, 0].tolist() == [4 * s for s in (0, 14, 29, 44, 59)] and (np.diff(k400) == 4).all()
+    assert evaluate.view_indices(300, 16, 4, "dense", 1)[0].tolist() == list(range(4 * 29, 4 * 45, 4))
+    assert evaluate.view_indices(10, 4, 4, "dense", 2).tolist() == [[0, 4, 8, 8]] * 2
+    ssv2 = evaluate.view_indices(40, 16, 2, "sparse", 2)
+    assert ssv2[0].tolist() == [int(2.5 * k) for k in range(16)]
+    assert ssv2[1].tolist() == [int(1.25 + 2.5 * k) for k in range(16)]
+    frames = torch.arange(2 * 4 * 9).view(2, 4, 9, 1)
+    views = evaluate.cut(frames, torch.tensor([[0, 1], [1, 1]]), (4, 4), 3)
+    assert views.shape == (6, 2, 4, 4, 1)
+    for v, (clip, left) in enumerate(((0, 0), (0, 2), (0, 5), (1, 0), (1, 2), (1, 5))):
+        assert torch.equal(views[v, 1], frames[1, :, left:left + 4]) and torch.equal(
+            views[v, 0], frames[clip, :, left:left + 4]), v
+    tall = evaluate.cut(frames.transpose(1, 2), torch.tensor([[0, 1]]), (4, 4), 1)
+    assert torch.equal(tall[0, 0], frames.transpose(1, 2)[0, 2:6])
+    fit = evaluate.TestVideos([], 4, (24, 16)).fit
+    assert fit(30, 40) == (24, 32) and fit(100, 40) == (40, 16) and fit(24, 16) == (24, 16) and fit(3, 2) == (24, 16)
+
+
+@test
+def test_scores():
+    """Top-1, top-5, per-class accuracy and loss of a hand-made case; the order among equals is argmax's."""
+    p = np.array([[0.5, 0.3, 0.2, 0, 0, 0], [0.1, 0.1, 0.2, 0.2, 0.2, 0.2], [0.4, 0.1, 0.1, 0.1, 0.1, 0.2],
+                  [0.2, 0.2, 0.2, 0.2, 0.1, 0.1]])
+    result = evaluate.scores(p, np.array([0, 2, 4, 1]))
+    assert result["top1"] == 50 and result["top5"] == 75 and result["per_class"] == 50
+    assert abs(result["loss"] + np.log([0.5, 0.2, 0.1, 0.2]).mean()) < 1e-12
+    assert evaluate.scores(p, np.array([0, 2, 0, 0]))["per_class"] == 100
+    assert abs(evaluate.scores(p, np.array([0, 3, 0, 0]))["per_class"] - 50) < 1e-12
+
+
+def slow_views(path, num_frames, stride, size, num_segments, num_crops):
+    """Every frame decoded by plain PyAV, resized whole, indexed with numpy: (segments * crops, T, size, size, 3)."""
+    with av.open(path) as container:
+        frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+    h, w = frames[0].shape[:2]
+    h, w = (size, int(w * size / h)) if h <= w else (int(h * size / w), size)
+    frames = np.stack([data.resize(torch.from_numpy(f)[None], h, w)[0].numpy() for f in frames])[::stride]
+    step, views = max((len(frames) - num_frames) / (num_segments - 1), 0), []
+    while len(frames) < num_frames:
+        frames = np.concatenate([frames, frames[-1:]])
+    for s in range(num_segments):
+        for c in range(num_crops):
+            y, x = (int(c * (n - size) / (num_crops - 1)) if n > size else 0 for n in (h, w))
+            views.append(frames[int(s * step):int(s * step) + num_frames, y:y + size, x:x + size])
+    return np.stack(views)
+
+
+@functools.cache
+def classified():
+    """A classifier (random weights, large head), its checkpoint, a list of 7 videos, one of them broken."""
+    torch.manual_seed(0)
+    model = VideoClassifier(3, size="tiny", num_frames=4, img_size=32, patch_size=8)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        model.head.weight.mul_(20)
+    ckpt = os.path.join(TMP, "classifier.pt")
+    torch.save(dict(model=model.state_dict(), config=model.config, classes=["a", "b", "c"],
+                    args=dict(sampling="dense", sampling_rate=3, fps=None)), ckpt)
+    folder, rows = os.path.join(TMP, "seven"), []
+    os.makedirs(folder)
+    for i in range(6):
+        rows.append(f"{folder}/{i}.mp4\t{'abc'[i % 3]}")
+        clip = data.toy_clip(np.random.default_rng(i), i, 10 + 7 * i, 64)[:, :40 + 4 * i, :64 - 2 * i]
+        data.write_video(rows[-1].split("\t")[0], clip, g=8, bf=2)
+    rows.insert(3, f"{folder}/broken.mp4\tb")
+    open(f"{folder}/broken.mp4", "w").write("x")
+    listed = os.path.join(TMP, "seven.tsv")
+    open(listed, "w").write("\n".join(rows))
+    return model.eval(), ckpt, listed
+
+
+def call(module, *args):
+    """Runs a script's main() in this process -> what it printed; the exit status has to be 0."""
+    argv, sys.argv = sys.argv, [module.__name__, *map(str, args)]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            status = module.main()
+        assert not status, f"exit status {status}: {out.getvalue()}"
+        return out.getvalue()
+    finally:
+        sys.argv = argv
+
+
+def mistake(module, *args):
+    """Runs a script's main() in this process -> the error message that a user would see."""
+    argv, sys.argv = sys.argv, [module.__name__, *map(str, args)]
+    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+            module.main()
+        raise AssertionError(f"no error: {out.getvalue()}")
+    except (ValueError, OSError) as e:
+        return str(e)
+    except SystemExit as e:
+        assert e.code, out.getvalue()
+        return out.getvalue()
+    finally:
+        sys.argv = argv
+        for s, handler in handlers:
+            signal.signal(s, handler)
+
+
+@test
+def test_multi_view_probabilities_equal_a_slow_reference():
+    """4 clips x 3 crops of real files: probabilities equal the mean softmax over views cut by plain decoding (1e-5)."""
+    model, ckpt, listed = classified()
+    out = os.path.join(TMP, "mv")
+    text = call(evaluate, "--ckpt", ckpt, "--data", listed, "--num_segments", 4, "--num_crops", 3, "--dtype", "fp32",
+                "--out_dir", out, "--num_workers", 1, "--batch_size", 5)
+    rows = list(csv.DictReader(open(os.path.join(out, "predictions.csv"))))
+    assert [r["path"] for r in rows] == data.read_videos(listed)[0] and rows[3]["failed"] and not rows[3]["predicted"]
+    assert "1 of 7 videos could not be read" in text and "broken.mp4" in text
+    right = 0
+    for row in rows[:3] + rows[4:]:
+        views = torch.from_numpy(slow_views(row["path"], 4, 3, 32, 4, 3))
+        with torch.no_grad():
+            p = model(views).softmax(-1).mean(0)
+        label = "abc".index(row["label"])
+        assert abs(p[label] - float(row["probability_of_label"])) < 1e-5, (row, p)
+        assert row["predicted"] == "abc"[p.argmax()] and int(row["place_of_label"]) == 1 + int((p > p[label]).sum())
+        right += int(p.argmax() == label)
+    result = json.load(open(os.path.join(out, "result.json")))
+    assert abs(result["top1"] - 100 * right / 6) < 1e-9 and result["failed"] == 1 and result["videos"] == 6
+    assert f"top-1 is {100 * right / 7:.2f}" in text
+
+
+@test
+def test_ranks_give_the_same_figures():
+    """7 videos (one broken) on 1, 2 and 3 ranks: the same predictions.csv, every video once."""
+    _, ckpt, listed = classified()
+    tables = []
+    for ranks in (None, 2, 3):
+        out = os.path.join(TMP, f"ranks_{ranks}")
+        run("eval.py", "--ckpt", ckpt, "--data", listed, "--num_segments", 2, "--dtype", "fp32", "--out_dir", out,
+            "--num_workers", 0, ranks=ranks)
+        tables.append((open(os.path.join(out, "predictions.csv")).read(),
+                       open(os.path.join(out, "result.json")).read()))
+    assert tables[0] == tables[1] == tables[2] and tables[0][0].count("\n") == 8
+
+
+@test
+def test_predict_and_windows():
+    """--predict: probabilities of the middle clip; windows have times and see only their own frames; --json is JSON."""
+    model, ckpt, listed = classified()
+    path = data.read_videos(listed)[0][-1]  # 45 frames at 25 fps
+    base = ["--ckpt", ckpt, "--dtype", "fp32", "--out_dir", os.path.join(TMP, "pr"), "--predict", path]
+    found = json.loads(call(evaluate, *base, "--json", "--top", 3))
+    views = torch.from_numpy(slow_views(path, 4, 3, 32, 3, 3))[4:5]  # the middle one of three
+    with torch.no_grad():
+        p = model(views).softmax(-1)[0]
+    assert [c["name"] for c in found[0]["classes"]] == ["abc"[i] for i in p.argsort(descending=True)]
+    assert all(abs(c["probability"] - p["abc".index(c["name"])]) < 1e-5 for c in found[0]["classes"])
+    windows = json.loads(call(evaluate, *base, "--json", "--window", 0.6))
+    assert [(w["start"], w["end"]) for w in windows] == [(0, 0.6), (0.6, 1.2), (1.2, 1.76)]
+    with data.VideoReader(path) as video:
+        data.write_video(os.path.join(TMP, "part.mp4"), video.frames(range(15, 30)), crf=0)
+    part = json.loads(call(evaluate, *base[:-1], os.path.join(TMP, "part.mp4"), "--json"))
+    assert all(abs(a["probability"] - b["probability"]) < 0.05 for a, b in zip(windows[1]["classes"],
+                                                                             part[0]["classes"]))
+    assert "a " in call(evaluate, *base) and " to " in call(evaluate, *base, "--window", 1, "--hop", 0.5)
+
+
+@test
+def test_features():
+    """Windows cover the video, time stamps are theirs; pooled, per token and per layer equal the model's own."""
+    model, ckpt, listed = classified()
+    path = data.read_videos(listed)[0][-1]
+    out = os.path.join(TMP, "fe")
+    base = ["--ckpt", ckpt, "--dtype", "fp32", "--features", path, "--out_dir", out]
+    call(evaluate, *base, "--batch_size", 2)
+    name = os.path.join(out, "00000_5.npz")
+    found = dict(np.load(name))
+    # 15 frames at stride 3: windows at 0, 4, 8 and the last 4
+    assert np.allclose(found["start"], np.array([0, 12, 24, 33]) / 25, atol=1e-4)
+    assert np.allclose(found["end"], np.array([9, 21, 33, 42]) / 25, atol=1e-4)
+    views = torch.from_numpy(slow_views(path, 4, 3, 32, 12, 3))[1::3][[0, 4, 8, 11]]
+    with torch.no_grad():
+        x = model.embed(views)
+        tokens = [x := block(x) for block in model.blocks]
+        assert abs(found["features"] - model.fc_norm(tokens[-1].mean(1)).numpy()).max() < 1e-4
+        call(evaluate, *base, "--no-pool", "--layer", 2)
+        assert abs(np.load(name)["features"] - tokens[1].numpy()).max() < 1e-4
+        call(evaluate, *base, "--hop", 0.12)
+        assert len(np.load(name)["features"]) == 12
+        pre = small(num_frames=4, img_size=32).eval()
+        assert torch.allclose(evaluate.features(pre, views), pre.encoder.norm(pre.encoder(views)).mean(1), atol=1e-5)
+
+
+@test
+def test_neighbours():
+    """k-NN votes equal a loop over cosine similarities of centred features."""
+    rng = np.random.default_rng(0)
+    train, labels, test_x = rng.normal(size=(20, 6)) + 3, rng.integers(0, 4, 20), rng.normal(size=(7, 6)) + 3
+    votes = evaluate.neighbours(train, labels, test_x, 5, 4)
+    for x, vote in zip(test_x, votes):
+        a, expect = x - train.mean(0), np.zeros(4)
+        cosine = [a @ (t - train.mean(0)) / np.linalg.norm(a) / np.linalg.norm(t - train.mean(0)) for t in train]
+        for i in sorted(range(20), key=lambda i: -cosine[i])[:5]:
+            expect[labels[i]] += math.exp((cosine[i] - 1) / 0.07)
+        assert np.allclose(vote, expect)
+    _, ckpt, listed = classified()
+    text = call(evaluate, "--ckpt", ckpt, "--knn", listed, "--data", listed, "--k", 1, 3, "--out_dir",
+                os.path.join(TMP, "knn"), "--num_workers", 0)
+    assert "k = 1: top-1 100.00" in text and "1 of 7 videos could not be read" in text
+
+
+@test
+def test_attention_rollout():
+    """Shares equal a float64 product of (A + I)/2 over the blocks, average 1; uniform attention gives all ones."""
+    model, _, listed = classified()
+    video = torch.from_numpy(slow_views(data.read_videos(listed)[0][-1], 4, 3, 32, 2, 2))[:1]
+    share = evaluate.attention_rollout(model, video)
+    with torch.no_grad():
+        x, total = model.embed(video)[0].double(), torch.eye(32, dtype=torch.float64)
+        for block in model.blocks:
+            block.double()
+            q, k, _ = (block.norm1(x) @ block.attn.qkv.weight.T).view(32, 3, 4, 32).permute(1, 2, 0, 3)
+            q = q + block.attn.q_bias.view(4, 1, 32)
+            a = (q @ k.mT / 32 ** 0.5).softmax(-1).mean(0)
+            total, x = (a + torch.eye(32)) / 2 @ total, block(x[None])[0]
+            block.float()
+    assert share.shape == (1, 2, 4, 4) and abs(share.mean() - 1) < 1e-5
+    assert (share.flatten() - 32 * total.mean(0)).abs().max() < 1e-4 and share.std() > 0.01
+    flat = VideoClassifier(3, size="tiny", num_frames=4, img_size=32, patch_size=8)
+    for block in flat.blocks:
+        block.attn.qkv.weight.data.zero_()
+    assert torch.allclose(evaluate.attention_rollout(flat, video), torch.ones(1, 2, 4, 4), atol=1e-5)
+
+
+@test
+def test_pictures_and_export():
+    """--reconstruct, --attention, --mp4 write files that show the clip; --export_hf loads back to the same logits."""
+    model, ckpt, listed = classified()
+    path, out = data.read_videos(listed)[0][-1], os.path.join(TMP, "draw")
+    pre = small(num_frames=4, img_size=32)
+    pre_ckpt = os.path.join(TMP, "pre.pt")
+    torch.save(dict(model=pre.state_dict(), config=pre.config, classes=None, args=dict(sampling_rate=3)), pre_ckpt)
+    text = call(evaluate, "--ckpt", pre_ckpt, "--reconstruct", path, "--mask_ratio", 0.5, 0.75, "--mp4",
+                "--out_dir", out)
+    assert text.count("loss ") == 2 and "flatters" in text
+    with data.VideoReader(os.path.join(out, "5_reconstruct.mp4")) as video:
+        assert video.frames([0]).shape == (1, 224, 7 * 224, 3) and len(video) == 4
+    call(evaluate, "--ckpt", ckpt, "--attention", path, "--out_dir", out)
+    with data.VideoReader(os.path.join(out, "5_attention.png")) as picture:
+        image = picture.frames([0])[0]
+    first = slow_views(path, 4, 3, 32, 3, 3)[4, 0]
+    zoomed = first.repeat(3, 0).repeat(3, 1)
+    assert (image[14:14 + 96, :96] == zoomed).all() and (image[14 + 98 + 14:][:96, :96] != zoomed).any()
+    values = torch.zeros(1, 2, 2)
+    values[0, 0, 0] = 1
+    colors = evaluate.heat(values, np.zeros((2, 4, 4, 3), np.uint8))[0]
+    assert colors[0, 0, 0] > colors[0, 0, 2] and colors[3, 3, 2] > colors[3, 3, 0]  # red high, blue low
+    folder = os.path.join(TMP, "hf")
+    call(evaluate, "--ckpt", ckpt, "--export_hf", folder)
+    again, about = weights.build_model(folder, verbose=False)
+    views = torch.from_numpy(slow_views(path, 4, 3, 32, 2, 2))
+    with torch.no_grad():
+        assert torch.equal(again(views), model(views)) and about["classes"] == ["a", "b", "c"]
+        probe = VideoClassifier(3, head_norm=True, size="tiny", num_frames=4, img_size=32, patch_size=8)
+        probe(views)  # moves the BatchNorm's statistics
+        plain = VideoClassifier(3, size="tiny", num_frames=4, img_size=32, patch_size=8).eval()
+        torch.save(weights.to_hf(probe)[0], os.path.join(folder, "x.bin"))
+        weights.load_pretrained(plain, os.path.join(folder, "x.bin"), verbose=False)
+        assert torch.allclose(plain(views), probe.eval()(views), atol=1e-5)
+    assert weights.build_model(pre_ckpt, verbose=False)[0].config == pre.config
+
+
+@test
+def test_eval_mistakes():
+    """Impossible requests of eval.py: the value and what is allowed are named, no traceback."""
+    _, ckpt, listed = classified()
+    for args, words in (([], ["--data"]), (["--data", "nowhere"], ["nowhere"]), (["--predict", "x.mp4"], ["x.mp4"]),
+                        (["--reconstruct", listed], ["classifier", "no decoder"]), (["--window", 2], ["--window"]),
+                        (["--data", listed, "--num_crops", 0], ["--num_crops 0"]),
+                        (["--features", listed, "--layer", 9], ["--layer 9", "0 to 4"])):
+        text = mistake(evaluate, "--ckpt", ckpt, *args)
+        assert all(w in text for w in words), text
+    bad = os.path.join(TMP, "unknown.tsv")
+    open(bad, "w").write(open(listed).read().replace("\ta", "\tzebra"))
+    text = run("eval.py", "--ckpt", ckpt, "--data", bad, ok=False)
+    assert "zebra" in text and "a, b, c" in text and "Traceback" not in text
+
+
+# ---------------------------------------------------------------- all scripts
 
 @test
 def test_every_flag_is_read():
