@@ -2,6 +2,7 @@
 
     python bench.py step --model base --batch_size 4      # a training step against transformers' VideoMAEForPreTraining
     python bench.py load my_videos/                       # a clip read and cropped, against decord + PIL
+    python bench.py eval my_videos/                       # a 5x3-view test, against decoding for each view
 
 What is compared with has to be installed (`pip install transformers`, `pip install decord pillow`); without it a row
 has no ratio. Peak memory is that of a process of its own. Times differ from machine to machine and from minute to
@@ -19,7 +20,8 @@ import torch
 
 import data
 import masking
-from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, VideoMAE, param_groups
+from eval import TestVideos, cut, view_indices
+from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, VideoClassifier, VideoMAE, param_groups
 
 
 def training_step(name: str, args):
@@ -116,21 +118,21 @@ def bench_load(args):
     torch.set_num_threads(1)
     paths, _ = data.read_videos(args.source)
     ours = data.PretrainClips(paths, 16, (224, 224), 4)
-    ways = {"ours": lambda path, rng: ours.load(path, rng)}
+    ways = {"ours": ours.load}
     try:
         import decord
         import PIL
-        ways["decord + PIL"] = usual_clip
+        ways["decord + PIL"] = lambda i, rng: usual_clip(paths[i], rng)
         print(f"decord {decord.__version__}, PIL {PIL.__version__}")
     except ImportError:
         print("decord or pillow is not installed: no ratio")
     times, worst = {name: [] for name in ways}, 0.0
     for repeat in range(args.repeats):
-        for i, path in enumerate(paths):
+        for i in range(len(paths)):
             clips = []
             for name, way in ways.items():
                 start = time.process_time()
-                clips.append(way(path, np.random.default_rng([repeat, i])))
+                clips.append(way(i, np.random.default_rng([repeat, i])))
                 times[name].append(time.process_time() - start)
             if len(clips) == 2:
                 worst = max(worst, (clips[0][0].permute(0, 3, 1, 2).float() - 255 * clips[1]).abs().mean().item())
@@ -160,6 +162,72 @@ def bench_load(args):
         for part, s in zip(parts, seconds):
             parts[part] += s
     print("ours, ms/clip: " + ", ".join(f"{part} {1000 * s / len(paths):.1f}" for part, s in parts.items()))
+    tuning = {name: data.FinetuneClips(paths, [0] * len(paths), rand_aug=(n, 7, 0.5))
+              for name, n in (("with RandAugment", 4), ("without", 0))}
+    times = {name: [] for name in tuning}
+    for repeat in range(args.repeats):
+        for i in range(len(paths)):
+            for name, clips in tuning.items():
+                start = time.process_time()
+                clips.load(i, np.random.default_rng([repeat, i]))
+                times[name].append(time.process_time() - start)
+    print("a fine-tuning clip, ms CPU: " + ", ".join(f"{name} {1000 * np.mean(t):.1f}" for name, t in times.items()))
+
+
+def bench_eval(args):
+    """Prints wall time of testing with 5 clips x 3 crops, one decode per video, against one per view (two ways).
+
+    For each view, one way decodes the frames of its own clip, the other every 4th frame of the whole video, as the
+    paper's code does. The views are checked to be the same pixels, the model is the same.
+    """
+    torch.set_num_threads(1)
+    paths, _ = data.read_videos(args.source)
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    model = VideoClassifier(400, size=args.model).to(device).eval()
+    videos = TestVideos(paths, 16, (224, 224), num_segments=5)
+
+    def once(i):
+        _, frames, index, why = videos[i]
+        if why:
+            raise ValueError(why)
+        return cut(frames, index, (224, 224), 3)
+
+    def per_view(i, whole):
+        views = []
+        for k in range(15):
+            with data.VideoReader(paths[i], videos.fit) as video:
+                index = view_indices(len(video), 16, 4, "dense", 5)[k // 3]
+                if whole:
+                    every = np.arange(0, len(video), 4)
+                    frames = video.frames(every)[np.searchsorted(every, index)]
+                else:
+                    frames = video.frames(index)
+            views.append(cut(torch.from_numpy(frames), torch.arange(16)[None], (224, 224), 3)[k % 3])
+        return torch.stack(views)
+
+    @torch.no_grad()
+    def forward(views):
+        with torch.autocast(device.type, torch.bfloat16):
+            return model(views.to(device)).float().softmax(-1).mean(0).argmax().item()
+    ways = {"ours, one decode per video": once, "per view, its clip": lambda i: per_view(i, False),
+            "per view, the video": lambda i: per_view(i, True)}
+    load, total = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)
+    for i in range(len(paths)):
+        made = []
+        for name, way in ways.items():
+            start = time.perf_counter()
+            made.append(way(i))
+            load[name] += time.perf_counter() - start
+            forward(made[-1])
+            total[name] += time.perf_counter() - start
+        assert all(torch.equal(made[0], views) for views in made[1:])
+    print(f"{len(paths)} videos x 5 clips x 3 crops, 16x224x224, ViT-{args.model} on {args.device}, one thread; "
+          "all three give the same pixels")
+    for name in ways:
+        print(f"{name:28s} loading {load[name] / len(paths):6.3f} s/video   with the model "
+              f"{total[name] / len(paths):6.3f}   ours is {load[name] / load['ours, one decode per video']:5.1f} x, "
+              f"{total[name] / total['ours, one decode per video']:5.1f} x as fast")
 
 
 def main():
@@ -171,11 +239,15 @@ def main():
     step.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     load = commands.add_parser("load", help="reading a pre-training clip")
     load.add_argument("source", help="a list file or a folder of videos")
+    test = commands.add_parser("eval", help="multi-view testing")
+    test.add_argument("source", help="a list file or a folder of videos")
+    test.add_argument("--model", default="tiny", choices=list(SIZES))
+    test.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for p in (step, load):
         p.add_argument("--repeats", default=7, type=int, help="measured rounds")
     args = parser.parse_args()
     try:
-        {"step": bench_step, "load": bench_load}[args.command](args)
+        {"step": bench_step, "load": bench_load, "eval": bench_eval}[args.command](args)
     except ValueError as e:
         sys.exit(f"bench.py: {e}")
 

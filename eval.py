@@ -69,13 +69,12 @@ def cut(frames: torch.Tensor, index: torch.Tensor, size: tuple, num_crops: int) 
 class TestVideos(torch.utils.data.Dataset):
     """index -> (index, frames (U, h, w, C) uint8, index (S, T) into them, why not or None); U distinct frames.
 
-    Decoded once for all clips, scaled so that a window of `size` just fits. `section` (start, end) in seconds takes a
-    part of the video only.
+    Decoded once for all clips, scaled so that a window of `size` just fits.
     """
 
-    def __init__(self, paths, num_frames, size, stride=4, fps=None, sampling="dense", num_segments=1, section=None):
+    def __init__(self, paths, num_frames, size, stride=4, fps=None, sampling="dense", num_segments=1):
         self.paths, self.num_frames, self.size, self.stride, self.fps = paths, num_frames, size, stride, fps
-        self.sampling, self.num_segments, self.section = sampling, num_segments, section
+        self.sampling, self.num_segments = sampling, num_segments
 
     def __len__(self):
         return len(self.paths)
@@ -85,17 +84,25 @@ class TestVideos(torch.utils.data.Dataset):
         H, W = self.size
         return (h * W // w, W) if h * W > H * w else (H, w * H // h)
 
+    def clips(self, video: data.VideoReader, start: float = 0.0, end: float = math.inf):
+        """-> frames (U, h, w, C), index (S, T), of the part of an open video from start to end (seconds)."""
+        order = data.timeline(video.times, self.fps)
+        t = video.times[order] - video.times[0]
+        order = order[(t >= start) & (t < end)]
+        if not len(order):
+            raise data.VideoError(f"{video.path}: no frame between {start:.2f} and {end:.2f} s")
+        return self.decode(video, order[view_indices(len(order), self.num_frames, self.stride, self.sampling,
+                                                     self.num_segments)])
+
+    def decode(self, video: data.VideoReader, wanted: np.ndarray):
+        """wanted (S, T) frame indices -> the distinct frames (U, h, w, C), and where each is among them (S, T)."""
+        unique, inverse = np.unique(wanted, return_inverse=True)
+        return torch.from_numpy(video.frames(unique)), torch.from_numpy(inverse.reshape(wanted.shape))
+
     def __getitem__(self, i: int):
         try:
             with data.VideoReader(self.paths[i], self.fit) as video:
-                order = data.timeline(video.times, self.fps)
-                if self.section:
-                    t = video.times[order] - video.times[0]
-                    order = order[(t >= self.section[0]) & (t < self.section[1])]
-                wanted = order[view_indices(len(order), self.num_frames, self.stride, self.sampling, self.num_segments)]
-                unique, inverse = np.unique(wanted, return_inverse=True)
-                frames = torch.from_numpy(video.frames(unique))
-            return i, frames, torch.from_numpy(inverse.reshape(wanted.shape)), None
+                return i, *self.clips(video), None
         except data.VideoError as e:
             return i, torch.empty(0), torch.empty(0), str(e)
 
@@ -290,6 +297,8 @@ def get_args(argv=None) -> argparse.Namespace:
     for name, modes in only.items():
         if getattr(args, name) and not any(getattr(args, mode) for mode in modes):
             p.error(f"--{name} goes with --{' or --'.join(modes)}")
+    if (args.num_segments or args.num_crops) and (args.features or args.reconstruct or args.attention):
+        p.error("--num_segments and --num_crops go with the test, --predict and --knn")
     if args.hop and args.predict and not args.window:
         p.error("--hop needs --window")
     test = not any((args.predict, args.features, args.reconstruct, args.attention, args.export_hf))
@@ -368,107 +377,92 @@ def test_knn(args, model, classes, train, test, make_set, run, say):
             f"mean per-class accuracy {result['per_class']:.2f}")
 
 
-def predict(args, model, classes, paths, make_set, function, say):
-    """Names and probabilities of each file, or of each window of it; a list of dicts, printed."""
-    results, num_crops = [], args.num_crops or 1
+def predict(args, model, classes, paths, videos, device, say):
+    """Prints names and probabilities of each file, or of each window of it; returns the exit status."""
+    results = []
     for path in paths:
-        sections = [None]
-        if args.window:
-            try:
-                with data.VideoReader(path) as video:
-                    seconds = video.times[-1] - video.times[0]
-            except data.VideoError as e:
-                results.append(dict(path=path, failed=str(e)))
-                say(f"{path}: failed ({e})")
-                continue
-            hop = args.hop or args.window
-            sections = [(s, s + args.window) for s in np.arange(0, max(seconds, 1e-9), hop)]
-        say(f"{path}")
-        for section in sections:
-            _, frames, index, why = make_set([path], args.num_segments or 1, section)[0]
-            if why:
-                results.append(dict(path=path, failed=why))
-                say(f"  failed: {why}")
-                continue
-            views = cut(frames, index, make_set([]).size, num_crops)
-            p = torch.cat([function(v) for v in views.split(args.batch_size)]).float().softmax(-1).mean(0)
-            best = p.topk(min(args.top, len(p)))
-            names = [dict(name=classes[i], probability=round(v, 6))
-                     for i, v in zip(best.indices.tolist(), best.values.tolist())]
-            where = {} if section is None else dict(start=round(float(section[0]), 3),
-                                                    end=round(float(min(section[1], seconds)), 3))
-            results.append(dict(path=path, **where, classes=names))
-            say("  " + (f"{where['start']:.1f} to {where['end']:.1f} s: " if where else "")
-                + ", ".join(f"{n['name']} {100 * n['probability']:.1f} %" for n in names))
+        say(path)
+        try:
+            with data.VideoReader(path, videos.fit) as video:
+                seconds, windows = video.times[-1] - video.times[0], [(0.0, math.inf)]
+                if args.window:
+                    starts = np.arange(0, max(seconds, 1e-9), args.hop or args.window).tolist()
+                    windows = [(start, start + args.window) for start in starts]
+                for start, end in windows:
+                    frames, index = videos.clips(video, start, end)
+                    views = cut(frames.to(device), index.to(device), videos.size, args.num_crops or 1)
+                    p = torch.cat([model(v).float().softmax(-1) for v in views.split(args.batch_size)]).mean(0)
+                    best = p.topk(min(args.top, len(p)))
+                    names = [dict(name=classes[i], probability=round(v, 6))
+                             for i, v in zip(best.indices.tolist(), best.values.tolist())]
+                    when = dict(start=round(start, 3), end=round(min(end, seconds), 3)) if args.window else {}
+                    results.append(dict(path=path, **when, classes=names))
+                    say("  " + (f"{when['start']:.1f} to {when['end']:.1f} s: " if when else "")
+                        + ", ".join(f"{n['name']} {100 * n['probability']:.1f} %" for n in names))
+        except data.VideoError as e:
+            results.append(dict(path=path, failed=str(e)))
+            say(f"  failed: {e}")
     if args.json:
         print(json.dumps(results, indent=1))
     return 1 if any("failed" in r for r in results) else 0
 
 
-def write_features(args, model, paths, clip, device, autocast, say):
+def write_features(args, model, paths, videos, device, say):
     """Sliding-window features: <out_dir>/<number>_<name>.npz with features, start and end in seconds of each window."""
-    bad = 0
+    bad, span = 0, videos.num_frames
     for number, path in enumerate(paths):
         try:
-            with data.VideoReader(path, TestVideos([], clip["num_frames"], clip["size"]).fit) as video:
-                order = data.timeline(video.times, clip["fps"])[::clip["stride"] if clip["sampling"] == "dense" else 1]
+            with data.VideoReader(path, videos.fit) as video:
+                order = data.timeline(video.times, videos.fps)[::1 if videos.sampling == "sparse" else videos.stride]
                 t = video.times[order] - video.times[0]
-                span = clip["num_frames"]
                 hop = span if not args.hop else max(1, round(args.hop / max(t[-1] / max(len(t) - 1, 1), 1e-9)))
                 starts = list(range(0, max(len(order) - span, 0) + 1, hop))
                 if starts[-1] + span < len(order):
                     starts.append(len(order) - span)  # the end of the video is covered too
-                out = []
+                starts, out = np.array(starts), []
                 for some in np.array_split(starts, math.ceil(len(starts) / args.batch_size)):
                     index = np.minimum(some[:, None] + np.arange(span), len(order) - 1)  # (windows, T)
-                    unique, inverse = np.unique(order[index], return_inverse=True)
-                    frames = torch.from_numpy(video.frames(unique)).to(device)
-                    views = cut(frames, torch.from_numpy(inverse.reshape(index.shape)).to(device), clip["size"], 1)
-                    with autocast:
-                        out.append(features(model, views, args.layer, args.pool).float().cpu().numpy())
+                    frames, where = videos.decode(video, order[index])
+                    views = cut(frames.to(device), where.to(device), videos.size, 1)
+                    out.append(features(model, views, args.layer, args.pool).float().cpu().numpy())
         except data.VideoError as e:
             bad += 1
             say(f"failed: {e}")
             continue
-        out = np.concatenate(out)
-        ends = t[np.minimum(np.array(starts) + span, len(t)) - 1]
-        name = f"{number:05d}_{os.path.splitext(os.path.basename(path))[0]}.npz"
-        np.savez(os.path.join(args.out_dir, name), features=out, start=t[starts], end=ends, path=path,
-                 grid=np.array(model.grid))
-        say(f"{os.path.join(args.out_dir, name)}: {out.shape[0]} windows x {' x '.join(map(str, out.shape[1:]))}, "
-            f"{t[0]:.2f} to {t[-1]:.2f} s")
+        out, ends = np.concatenate(out), t[np.minimum(starts + span, len(t)) - 1]
+        name = os.path.join(args.out_dir, f"{number:05d}_{os.path.splitext(os.path.basename(path))[0]}.npz")
+        np.savez(name, features=out, start=t[starts], end=ends, path=path, grid=np.array(model.grid))
+        say(f"{name}: {out.shape[0]} windows x {' x '.join(map(str, out.shape[1:]))}, {t[0]:.2f} to {t[-1]:.2f} s")
     return 1 if bad else 0
 
 
-def draw(args, model, paths, make_set, device, autocast, say):
+def draw(args, model, classes, paths, videos, device, say):
     """--reconstruct and --attention: a PNG per file, with --mp4 a video too."""
     from pretrain import reconstruct
     bad = 0
     for path in paths:
-        videos = make_set([path])
-        _, frames, index, why = videos[0]
-        if why:
+        try:
+            with data.VideoReader(path, videos.fit) as video:
+                clip = cut(*videos.clips(video), videos.size, 1).to(device)  # (1, T, H, W, C)
+        except data.VideoError as e:
             bad += 1
-            say(f"failed: {why}")
+            say(f"failed: {e}")
             continue
-        clip = cut(frames, index, videos.size, 1).to(device)  # (1, T, H, W, C)
         name = os.path.join(args.out_dir, os.path.splitext(os.path.basename(path))[0])
         if args.attention:
-            with autocast:
-                share, logits = attention_rollout(model, clip), model(clip)
+            share, logits = attention_rollout(model, clip), model(clip)
             shown = heat(share[0], clip[0].cpu().numpy())
             panels = [("input", clip[0].cpu().numpy()), ("attention rollout, blue low, red high", shown)]
-            say(f"{path}: class {int(logits[0].argmax())}, share of a cube {share.min():.2f} to {share.max():.2f} "
-                "(1 = the average)")
+            say(f"{path}: {classes[int(logits[0].argmax())]}; the cubes' shares are {share.min():.2f} to "
+                f"{share.max():.2f} times the average")
             name += "_attention"
         else:
             panels = []
             for ratio in args.mask_ratio:
                 generator = torch.Generator().manual_seed(args.seed)
                 mask = masking.make_mask("tube", 1, model.grid, ratio, generator).to(device)
-                with autocast:
-                    loss, *videos_out = reconstruct(model, clip, mask)
-                original, masked, own, true = ((v[0] * 255).round().byte().cpu().numpy() for v in videos_out)
+                loss, *parts = reconstruct(model, clip, mask)
+                original, masked, own, true = ((v[0] * 255).round().byte().cpu().numpy() for v in parts)
                 panels += [("input", original)] * (not panels)
                 panels += [(f"masked {mask.float().mean():.0%}", masked)]
                 if model.norm_pix_loss:
@@ -583,8 +577,8 @@ def main():
         found = [data.read_videos(toy_part if s == "toy" else s, args.data_root) for s in sources or []]
         return sum((p for p, _ in found), []), sum((l for _, l in found), [])
 
-    def make_set(paths, num_segments=1, section=None):
-        return TestVideos(paths, num_segments=num_segments, section=section, **clip)
+    def make_set(paths, num_segments=1):
+        return TestVideos(paths, num_segments=num_segments, **clip)
 
     def run(function, videos, num_crops, progress=False):
         start, shown = time.time(), [0.0]
@@ -607,13 +601,14 @@ def main():
         if world > 1:
             raise ValueError("only the test and --knn run on several ranks: leave out torchrun")
         paths, _ = read(sources)
-        if args.predict:
-            with autocast, torch.no_grad():
-                status = predict(args, model, classes, paths, make_set, lambda v: model(v.to(device)), say)
-        elif args.features:
-            status = write_features(args, model, paths, clip, device, autocast, say)
-        else:
-            status = draw(args, model, paths, make_set, device, autocast, say)
+        videos = make_set(paths, args.num_segments or 1)
+        with autocast, torch.no_grad():
+            if args.predict:
+                status = predict(args, model, classes, paths, videos, device, say)
+            elif args.features:
+                status = write_features(args, model, paths, videos, device, say)
+            else:
+                status = draw(args, model, classes, paths, make_set(paths), device, say)
     elif args.knn:
         train_paths, train_names = read(args.knn, "toy/train")
         names = data.class_names([name for name in train_names if name is not None])
