@@ -1324,10 +1324,12 @@ def test_finetuning_killed_and_resumed_is_bit_identical():
             kill_tree(process.pid)
             break
     process.communicate()
+    last = os.path.join(name, "last.pt")
+    torch.save(torch.load(last, weights_only=True) | dict(best=101.0), last)  # no later epoch can beat it
     text, again, resumed_rows = tune("tune_killed", *args, "--num_workers", 1)
-    assert "resumed" in text
+    assert "resumed" in text and again["best"] == 101
     assert difference(whole["model"], again["model"]) == 0 == difference(whole["ema"], again["ema"])
-    assert whole["best"] == again["best"] and difference(whole["model"], whole["ema"]) > 0
+    assert difference(whole["model"], whole["ema"]) > 0
     figures = lambda rows: [(r["step"], r.get("loss"), r.get("val_top1"), r.get("val_loss")) for r in rows]
     assert figures(rows) == figures(resumed_rows)
     assert [r["step"] for r in rows if "val_top1" in r] == [3, 6] and all("loss" in r for r in rows if "lr" in r)
@@ -1411,14 +1413,14 @@ def test_views():
     ssv2 = evaluate.view_indices(40, 16, 2, "sparse", 2)
     assert ssv2[0].tolist() == [int(2.5 * k) for k in range(16)]
     assert ssv2[1].tolist() == [int(1.25 + 2.5 * k) for k in range(16)]
-    frames = torch.arange(2 * 4 * 9).view(2, 4, 9, 1)
+    frames = torch.arange(2 * 4 * 11).view(2, 4, 11, 1)
     views = evaluate.cut(frames, torch.tensor([[0, 1], [1, 1]]), (4, 4), 3)
     assert views.shape == (6, 2, 4, 4, 1)
-    for v, (clip, left) in enumerate(((0, 0), (0, 2), (0, 5), (1, 0), (1, 2), (1, 5))):
+    for v, (clip, left) in enumerate(((0, 0), (0, 3), (0, 7), (1, 0), (1, 3), (1, 7))):
         assert torch.equal(views[v, 1], frames[1, :, left:left + 4]) and torch.equal(
             views[v, 0], frames[clip, :, left:left + 4]), v
     tall = evaluate.cut(frames.transpose(1, 2), torch.tensor([[0, 1]]), (4, 4), 1)
-    assert torch.equal(tall[0, 0], frames.transpose(1, 2)[0, 2:6])
+    assert torch.equal(tall[0, 0], frames.transpose(1, 2)[0, 3:7])
     fit = evaluate.TestVideos([], 4, (24, 16)).fit
     assert fit(30, 40) == (24, 32) and fit(100, 40) == (40, 16) and fit(24, 16) == (24, 16) and fit(3, 2) == (24, 16)
 
@@ -1560,11 +1562,11 @@ def test_predict_and_windows():
     assert all(abs(c["probability"] - p["abc".index(c["name"])]) < 1e-5 for c in found[0]["classes"])
     windows = json.loads(call(evaluate, *base, "--json", "--window", 0.6))
     assert [(w["start"], w["end"]) for w in windows] == [(0, 0.6), (0.6, 1.2), (1.2, 1.76)]
-    with data.VideoReader(path) as video:
-        data.write_video(os.path.join(TMP, "part.mp4"), video.frames(range(15, 30)), crf=0)
-    part = json.loads(call(evaluate, *base[:-1], os.path.join(TMP, "part.mp4"), "--json"))
-    assert all(abs(a["probability"] - b["probability"]) < 0.05 for a, b in zip(windows[1]["classes"],
-                                                                             part[0]["classes"]))
+    middle = evaluate.TestVideos([], 4, (32, 32), 3)
+    with data.VideoReader(path, middle.fit) as video:
+        for start, end, first in ((0, 0.6, 0), (1.2, 1.8, 30), (0, 9, 15)):  # frames 0..14, 30..44, all
+            frames, index = middle.clips(video, start, end)
+            assert (frames[index[0]].numpy() == video.frames(range(first, first + 12, 3))).all()
     assert "a " in call(evaluate, *base) and " to " in call(evaluate, *base, "--window", 1, "--hop", 0.5)
 
 
