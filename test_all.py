@@ -1667,11 +1667,13 @@ def test_pictures_and_export():
     with torch.no_grad():
         assert torch.equal(again(views), model(views)) and about["classes"] == ["a", "b", "c"]
         probe = VideoClassifier(3, head_norm=True, size="tiny", num_frames=4, img_size=32, patch_size=8)
-        probe(views)  # moves the BatchNorm's statistics
+        probe.head.weight.mul_(1000)
+        for _ in range(9):
+            probe(views)  # moves the BatchNorm's statistics
         plain = VideoClassifier(3, size="tiny", num_frames=4, img_size=32, patch_size=8).eval()
         torch.save(weights.to_hf(probe)[0], os.path.join(folder, "x.bin"))
         weights.load_pretrained(plain, os.path.join(folder, "x.bin"), verbose=False)
-        assert torch.allclose(plain(views), probe.eval()(views), atol=1e-5)
+        assert torch.allclose(plain(views), probe.eval()(views), atol=1e-4, rtol=1e-4)
     assert weights.build_model(pre_ckpt, verbose=False)[0].config == pre.config
 
 
