@@ -596,32 +596,33 @@ def write_video(path: str, frames: np.ndarray, fps: int = 25, crf: int = 18, **o
 
 # ---- the toy videos ----
 
-TOY_CLASSES = ("straight_on", "turn_right", "turn_back", "turn_left")
-TOY_TRAIN, TOY_VAL, TOY_FRAMES, TOY_SIDE = 1280, 160, 12, 48  # videos, videos, frames, pixels
+TOY_CLASSES = ("right", "down_right", "down", "down_left", "left", "up_left", "up", "up_right")
+TOY_TRAIN, TOY_VAL, TOY_FRAMES, TOY_SIDE = 640, 160, 24, 48  # videos, videos, frames, pixels
 
 
 def toy_clip(rng, label: int, num_frames: int = TOY_FRAMES, side: int = TOY_SIDE) -> np.ndarray:
-    """(T, side, side, 3) uint8: a random texture drifts in a random direction and half way turns by label * 90 degrees.
+    """(T, side, side, 3) uint8: a random texture that moves in one of 8 directions, the label; no single frame tells.
 
-    Neither a single frame nor a single motion tells the label, only the relation of two motions. The texture is two
-    coloured fields of six waves each, of random direction and about as long as three cubes: too irregular to be
-    continued from the neighbours within a frame. But it moves by a cube in two or three frames, so that what a masked
-    cube hides was or will be visible elsewhere. To predict it is to know the motion: the label's evidence lies where
-    the loss is.
+    Half transparent, it lies over another that rests: labels alone teach the motion slowly. A texture is two coloured
+    fields of six waves each, of random direction and about as long as two or three cubes: too irregular to be continued
+    from the neighbours within a frame. But the moving one passes a cube in two frames, so that what a masked cube hides
+    was or will be visible elsewhere. To predict it is to know the motion: the evidence for the label lies where the
+    loss is.
     """
-    wavelength = rng.uniform(0.375, 0.75, (2, 6)) * side  # pixels
-    direction, phase = rng.uniform(0, 2 * np.pi, (2, 2, 6))
-    color = rng.normal(size=(2, 3))
-    color /= np.abs(color).sum(0)
-    angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(0.094, 0.14) * side  # pixels per frame
-    angles = angle + np.pi / 2 * label * (np.arange(1, num_frames) >= num_frames // 2)  # from a frame to the next
-    dx, dy = (np.concatenate([[0], np.cumsum(speed * f(angles))])[:, None, None] for f in (np.cos, np.sin))
+    angle, speed = label * np.pi / 4, rng.uniform(0.125, 0.1875) * side  # pixels per frame
+    t = np.arange(num_frames)[:, None, None]
     y, x = np.mgrid[:side, :side]
-    x, y = x - dx, y - dy  # (T, side, side): where the pixel came from
-    k = 2 * np.pi / wavelength
-    kx, ky = k * np.cos(direction), k * np.sin(direction)
-    fields = [sum(np.cos(kx[f, i] * x + ky[f, i] * y + phase[f, i]) for i in range(6)) for f in range(2)]
-    return (128 + 32 * np.einsum("ftyx,fc->tyxc", np.array(fields), color)).clip(0, 255).astype(np.uint8)
+    layers = np.zeros((num_frames, side, side, 3))
+    for step in (speed, 0):  # the moving texture and the resting one
+        k = 2 * np.pi / (rng.uniform(0.375, 0.75, (2, 6)) * side)  # per pixel
+        direction, phase = rng.uniform(0, 2 * np.pi, (2, 2, 6))
+        color = rng.normal(size=(2, 3))
+        color /= np.abs(color).sum(0)
+        fx, fy = x - t * step * np.cos(angle), y - t * step * np.sin(angle)  # (T, side, side): where it came from
+        kx, ky = k * np.cos(direction), k * np.sin(direction)
+        fields = [sum(np.cos(kx[f, i] * fx + ky[f, i] * fy + phase[f, i]) for i in range(6)) for f in range(2)]
+        layers += np.einsum("ftyx,fc->tyxc", np.array(fields), color)
+    return (128 + 23 * layers).clip(0, 255).astype(np.uint8)
 
 
 def make_toy(root: str = "toy", log=print):

@@ -113,10 +113,10 @@ def get_args(argv=None) -> argparse.Namespace:
         p.set_defaults(rand_aug=[0, 0, 0], reprob=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0, drop_path=0.0, lr=0.1,
                        min_lr=0.0, weight_decay=0.0, layer_decay=1.0, epochs=100, warmup_epochs=10)
     if known.toy:
-        p.set_defaults(size="tiny", img_size=32, patch_size=8, num_frames=8, sampling_rate=1, rand_aug=[0, 0, 0],
-                       crop_area=[1, 1], crop_aspect=[1, 1], flip=False, reprob=0.0, mixup=0.0, cutmix=0.0,
-                       batch_size=32, drop_path=0.0, epochs=40, warmup_epochs=2, eval_every=10, log_every=50,
-                       lr=0.02 if known.init else 0.008)  # chosen on toy/dev
+        p.set_defaults(size="tiny", img_size=32, patch_size=8, num_frames=8, sampling_rate=1, per_class=32,
+                       rand_aug=[0, 0, 0], crop_area=[1, 1], crop_aspect=[1, 1], flip=False, reprob=0.0, mixup=0.0,
+                       cutmix=0.0, batch_size=32, drop_path=0.0, epochs=20, warmup_epochs=1, eval_every=5,
+                       log_every=20, lr=0.024 if known.init else 0.012)  # lr chosen on toy/dev
     args = p.parse_args(argv)
     lowest = dict(num_frames=1, sampling_rate=1, img_size=1, patch_size=1, tubelet_size=1, repeat_aug=1, batch_size=1,
                   accum_steps=1, max_steps=1, log_every=1, save_every=1, num_workers=0, lr=0, min_lr=0, weight_decay=0,

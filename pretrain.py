@@ -97,7 +97,7 @@ def get_args(argv=None) -> argparse.Namespace:
     if p.parse_known_args(argv)[0].toy:
         p.set_defaults(size="tiny", img_size=32, patch_size=8, num_frames=8, sampling_rate=1, crop_scales=[1],
                        repeat_aug=2, batch_size=32, mask_ratio=0.75, decoder_depth=1, lr=1.2e-2, min_lr=1e-4,
-                       epochs=35, warmup_epochs=3.5, log_every=20)
+                       epochs=70, warmup_epochs=7, log_every=20)
     args = p.parse_args(argv)
     lowest = dict(num_frames=1, sampling_rate=1, img_size=1, patch_size=1, tubelet_size=1, repeat_aug=1, batch_size=1,
                   accum_steps=1, max_steps=1, log_every=1, save_every=1, vis_every=0, num_workers=0, decoder_depth=1,
