@@ -184,14 +184,15 @@ def bench_eval(args):
     paths, _ = data.read_videos(args.source)
     torch.manual_seed(0)
     device = torch.device(args.device)
-    model = VideoClassifier(400, size=args.model).to(device).eval()
-    videos = TestVideos(paths, 16, (224, 224), num_segments=5)
+    side = args.img_size
+    model = VideoClassifier(400, size=args.model, img_size=side).to(device).eval()
+    videos = TestVideos(paths, 16, (side, side), num_segments=5)
 
     def once(i):
         _, frames, index, why = videos[i]
         if why:
             raise ValueError(why)
-        return cut(frames, index, (224, 224), 3)
+        return cut(frames, index, (side, side), 3)
 
     def per_view(i, whole):
         views = []
@@ -203,7 +204,7 @@ def bench_eval(args):
                     frames = video.frames(every)[np.searchsorted(every, index)]
                 else:
                     frames = video.frames(index)
-            views.append(cut(torch.from_numpy(frames), torch.arange(16)[None], (224, 224), 3)[k % 3])
+            views.append(cut(torch.from_numpy(frames), torch.arange(16)[None], (side, side), 3)[k % 3])
         return torch.stack(views)
 
     @torch.no_grad()
@@ -222,7 +223,7 @@ def bench_eval(args):
             forward(made[-1])
             total[name] += time.perf_counter() - start
         assert all(torch.equal(made[0], views) for views in made[1:])
-    print(f"{len(paths)} videos x 5 clips x 3 crops, 16x224x224, ViT-{args.model} on {args.device}, one thread; "
+    print(f"{len(paths)} videos x 5 clips x 3 crops, 16x{side}x{side}, ViT-{args.model} on {args.device}, one thread; "
           "all three give the same pixels")
     for name in ways:
         print(f"{name:28s} loading {load[name] / len(paths):6.3f} s/video   with the model "
@@ -242,6 +243,7 @@ def main():
     test = commands.add_parser("eval", help="multi-view testing")
     test.add_argument("source", help="a list file or a folder of videos")
     test.add_argument("--model", default="tiny", choices=list(SIZES))
+    test.add_argument("--img_size", default=224, type=int, help="pixels")
     test.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for p in (step, load):
         p.add_argument("--repeats", default=7, type=int, help="measured rounds")
