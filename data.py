@@ -51,6 +51,9 @@ def parse_row(row: str, where: str) -> tuple[str, str | None]:
     The path ends at the first known ending (.mp4, ...) that a comma, a tab or a space follows, or with the row; a path
     of unknown ending ends at the last tab, else comma, else space. A path in double quotes is taken as it is.
     """
+    tabbed = re.fullmatch(rf"(.*(?:{MEDIA}))\t([^\t]*)", row, re.IGNORECASE)  # as our own lists have it
+    if tabbed and not row.startswith('"'):
+        return tabbed[1].strip(), tabbed[2].strip().strip('"') or None
     quoted = re.fullmatch(r'\s*"([^"]+)"\s*(?:[,\t ]\s*"?(.*?)"?\s*)?', row)
     known = re.fullmatch(rf"(.*?(?:{MEDIA}))(?:\s*[,\t ]\s*(.*?))?\s*", row, re.IGNORECASE)
     quoted = quoted if not known or re.search(rf"(?:{MEDIA})$", (quoted or [""] * 2)[1], re.IGNORECASE) else None
@@ -59,6 +62,14 @@ def parse_row(row: str, where: str) -> tuple[str, str | None]:
         raise ValueError(f"{where}: {row!r}: expected `path`, or `path label` with a tab, a comma or a space between")
     path, label = match[1], (match[2] or "").strip().strip('"')
     return path if quoted else path.strip(), label or None
+
+
+def write_list(out: str, rows: list):
+    """Writes (path, label or None) rows so that parse_row reads them back; odd paths are put in double quotes."""
+    with open(out, "w", encoding="utf-8") as f:
+        for path, label in rows:
+            row = f"{path}\t{label}" if label else path
+            f.write((row if parse_row(row, out) == (path, label or None) else row.replace(path, f'"{path}"', 1)) + "\n")
 
 
 def read_videos(source: str, data_root: str = "") -> tuple[list[str], list[str | None]]:
@@ -720,8 +731,7 @@ def index_main(args):
     if not found:
         raise ValueError(f"none of the {len(missing)} videos of {args.annotation} is in {args.videos}; "
                          f"the first would be {missing[0][0] if missing else '(the annotation is empty)'}")
-    with open(args.out, "w", encoding="utf-8") as f:
-        f.writelines(f"{path}\t{label}\n" if label else f"{path}\n" for path, label in found)
+    write_list(args.out, found)
     labels = {label for _, label in found if label}
     print(f"{args.out}: {len(found)} videos, {len(labels)} classes; "
           f"{len(missing)} of the annotation's are not in {args.videos}"
@@ -737,22 +747,34 @@ def split_main(args):
     class_ids(labels, classes, paths, args.source)
     if not 2 <= args.folds or not 0 <= args.fold < args.folds:
         raise ValueError(f"--folds {args.folds} --fold {args.fold}: expected at least 2 folds, and 0 <= fold < folds")
+    if len({os.path.realpath(p) for p in (args.source, args.train, args.val)}) < 3:
+        raise ValueError(f"{args.source}, {args.train}, {args.val}: expected three different files")
+    try:
+        pattern = re.compile(args.group or "")
+    except re.error as e:
+        raise ValueError(f"--group {args.group!r}: not a regular expression ({e})") from None
     groups = {}
     for path, label in zip(paths, labels):
-        match = re.search(args.group, path) if args.group else None
+        match = pattern.search(path) if args.group else None
         if args.group and not match:
             raise ValueError(f"--group {args.group!r}: {path} does not match")
         groups.setdefault(match[0] if match else path, []).append((path, label))
     names = sorted(groups)
     np.random.default_rng(args.seed).shuffle(names)
     names.sort(key=lambda name: groups[name][0][1])  # stable: class by class, shuffled within
-    val = {name for i, name in enumerate(names) if i % args.folds == args.fold}
+    by_class = {}
+    for name in names:
+        by_class.setdefault(groups[name][0][1], []).append(name)
+    val = {name for some in by_class.values() if len(some) > 1  # the only one of a class is for training
+           for i, name in enumerate(some) if i % args.folds == args.fold}
     for out, rows in ((args.train, [r for n in names if n not in val for r in groups[n]]),
                       (args.val, [r for n in names if n in val for r in groups[n]])):
-        with open(out, "w", encoding="utf-8") as f:
-            f.writelines(f"{path}\t{label}\n" for path, label in rows)
+        write_list(out, rows)
         print(f"{out}: {len(rows)} videos, {len({label for _, label in rows})} of {len(classes)} classes, "
               f"{len(val) if out == args.val else len(names) - len(val)} {'groups' if args.group else 'files'}")
+        without = set(classes) - {label for _, label in rows}
+        if without:
+            print(f"  classes without a video in it: {', '.join(sorted(without))}")
 
 
 # ---- python data.py check ----
@@ -792,8 +814,7 @@ def check_main(args):
     print(f"\n{len(paths) - failed} of {len(paths)} files can be read, {total} frames; "
           + ("every frame was decoded" if args.full else "first, middle and last frame were decoded (--full: all)"))
     if args.write_good:
-        with open(args.write_good, "w", encoding="utf-8") as f:
-            f.writelines(f"{p}\t{l}\n" if l else f"{p}\n" for p, l in zip(paths, labels) if p not in bad)
+        write_list(args.write_good, [(p, l) for p, l in zip(paths, labels) if p not in bad])
     return 1 if bad else 0
 
 

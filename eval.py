@@ -85,12 +85,14 @@ class TestVideos(torch.utils.data.Dataset):
         return (h * W // w, W) if h * W > H * w else (H, w * H // h)
 
     def clips(self, video: data.VideoReader, start: float = 0.0, end: float = math.inf):
-        """-> frames (U, h, w, C), index (S, T), of the part of an open video from start to end (seconds)."""
+        """-> frames (U, h, w, C), index (S, T), of the part of an open video from start to end (seconds).
+
+        Where no frame begins in that time, the one that is on show.
+        """
         order = data.timeline(video.times, self.fps)
         t = video.times[order] - video.times[0]
-        order = order[(t >= start) & (t < end)]
-        if not len(order):
-            raise data.VideoError(f"{video.path}: no frame between {start:.2f} and {end:.2f} s")
+        inside = (t >= start) & (t < end)
+        order = order[inside] if inside.any() else order[t < end][-1:]
         return self.decode(video, order[view_indices(len(order), self.num_frames, self.stride, self.sampling,
                                                      self.num_segments)])
 
@@ -277,8 +279,11 @@ def get_args(argv=None) -> argparse.Namespace:
     p.add_argument("--batch_size", default=32, type=int, help="views per forward pass and rank")
     p.add_argument("--num_workers", type=int, help="decoding processes per rank (default: cores per rank, at most 10)")
     p.add_argument("--toy", action="store_true", help="test out/finetune/best.pt on the toy videos; other flags win")
-    if p.parse_known_args(argv)[0].toy:
-        p.set_defaults(ckpt="out/finetune/best.pt", data=["toy"], num_segments=2)
+    known = p.parse_known_args(argv)[0]
+    if known.toy:
+        p.set_defaults(ckpt="out/finetune/best.pt")
+        if not any((known.predict, known.features, known.reconstruct, known.attention, known.export_hf)):
+            p.set_defaults(data=["toy"], num_segments=2)
     args = p.parse_args(argv)
     if not args.ckpt:
         p.error("--ckpt: which model? expected a checkpoint, or --toy")
@@ -295,15 +300,20 @@ def get_args(argv=None) -> argparse.Namespace:
     only = dict(window=["predict"], hop=["predict", "features"], json=["predict"], layer=["features", "knn"],
                 mp4=["reconstruct", "attention"])
     for name, modes in only.items():
-        if getattr(args, name) and not any(getattr(args, mode) for mode in modes):
+        if getattr(args, name) not in (None, False) and not any(getattr(args, mode) for mode in modes):
             p.error(f"--{name} goes with --{' or --'.join(modes)}")
     if (args.num_segments or args.num_crops) and (args.features or args.reconstruct or args.attention):
         p.error("--num_segments and --num_crops go with the test, --predict and --knn")
+    if not args.pool and not args.features:
+        p.error("--no-pool goes with --features")
+    if args.data and (args.predict or args.features or args.reconstruct or args.attention):
+        p.error("--data goes with the test and --knn: the other modes are told their files themselves")
     if args.hop and args.predict and not args.window:
         p.error("--hop needs --window")
     test = not any((args.predict, args.features, args.reconstruct, args.attention, args.export_hf))
     if test and not args.data:
-        p.error("--data: expected labelled videos to test on, or one of --predict, --features, --reconstruct, ...")
+        p.error("--data: expected labelled videos to test on"
+                + ("" if args.knn else ", or one of --predict, --features, --reconstruct, ..."))
     return args
 
 
@@ -369,8 +379,8 @@ def test_knn(args, model, classes, train, test, make_set, run, say):
             raise ValueError(f"none of {len(paths)} videos can be read")
         sets.append((np.stack(list(found.values())), np.array(labels)[list(found)]))
     (x, y), (test_x, test_y) = sets
-    say(f"{len(y)} training and {len(test_y)} test videos, {len(classes)} classes, the most common of which would get "
-        f"{100 * (test_y == np.bincount(y).argmax()).mean():.1f} %")
+    say(f"{len(y)} training and {len(test_y)} test videos, {len(classes)} classes; always saying the most common one "
+        f"of training would get {100 * (test_y == np.bincount(y).argmax()).mean():.1f} %")
     for k in args.k:
         result = scores(neighbours(x, y, test_x, min(k, len(y)), len(classes)), test_y)
         say(f"k-NN, k = {min(k, len(y))}: top-1 {result['top1']:.2f}, "
@@ -387,7 +397,7 @@ def predict(args, model, classes, paths, videos, device, say):
                 seconds, windows = video.times[-1] - video.times[0], [(0.0, math.inf)]
                 if args.window:
                     starts = np.arange(0, max(seconds, 1e-9), args.hop or args.window).tolist()
-                    windows = [(start, start + args.window) for start in starts]
+                    windows = [(start, start + args.window) for start in starts[:-1]] + [(starts[-1], math.inf)]
                 for start, end in windows:
                     frames, index = videos.clips(video, start, end)
                     views = cut(frames.to(device), index.to(device), videos.size, args.num_crops or 1)
@@ -397,7 +407,7 @@ def predict(args, model, classes, paths, videos, device, say):
                              for i, v in zip(best.indices.tolist(), best.values.tolist())]
                     when = dict(start=round(start, 3), end=round(min(end, seconds), 3)) if args.window else {}
                     results.append(dict(path=path, **when, classes=names))
-                    say("  " + (f"{when['start']:.1f} to {when['end']:.1f} s: " if when else "")
+                    say("  " + (f"{when['start']:.2f} to {when['end']:.2f} s: " if when else "")
                         + ", ".join(f"{n['name']} {100 * n['probability']:.1f} %" for n in names))
         except data.VideoError as e:
             results.append(dict(path=path, failed=str(e)))
@@ -413,7 +423,11 @@ def write_features(args, model, paths, videos, device, say):
     for number, path in enumerate(paths):
         try:
             with data.VideoReader(path, videos.fit) as video:
-                order = data.timeline(video.times, videos.fps)[::1 if videos.sampling == "sparse" else videos.stride]
+                order = data.timeline(video.times, videos.fps)
+                if videos.sampling == "sparse":  # one clip, spread over the whole video
+                    order = order[view_indices(len(order), span, 1, "sparse", 1)[0]]
+                else:
+                    order = order[::videos.stride]
                 t = video.times[order] - video.times[0]
                 hop = span if not args.hop else max(1, round(args.hop / max(t[-1] / max(len(t) - 1, 1), 1e-9)))
                 starts = list(range(0, max(len(order) - span, 0) + 1, hop))
@@ -440,7 +454,7 @@ def draw(args, model, classes, paths, videos, device, say):
     """--reconstruct and --attention: a PNG per file, with --mp4 a video too."""
     from pretrain import reconstruct
     bad = 0
-    for path in paths:
+    for number, path in enumerate(paths):
         try:
             with data.VideoReader(path, videos.fit) as video:
                 clip = cut(*videos.clips(video), videos.size, 1).to(device)  # (1, T, H, W, C)
@@ -448,7 +462,7 @@ def draw(args, model, classes, paths, videos, device, say):
             bad += 1
             say(f"failed: {e}")
             continue
-        name = os.path.join(args.out_dir, os.path.splitext(os.path.basename(path))[0])
+        name = os.path.join(args.out_dir, f"{number:05d}_{os.path.splitext(os.path.basename(path))[0]}")
         if args.attention:
             share, logits = attention_rollout(model, clip), model(clip)
             shown = heat(share[0], clip[0].cpu().numpy())
@@ -518,7 +532,7 @@ def main():
         if device == "cuda":
             torch.cuda.set_device(local_rank)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError, NotImplementedError, AttributeError) as e:
         raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from None
     device, control = torch.device(device), None
     if "RANK" in os.environ:
@@ -612,9 +626,10 @@ def main():
     elif args.knn:
         train_paths, train_names = read(args.knn, "toy/train")
         names = data.class_names([name for name in train_names if name is not None])
-        train = train_paths, data.class_ids(train_names, names, train_paths, "--knn")
+        known = " ".join(args.knn)
+        train = train_paths, data.class_ids(train_names, names, train_paths, known)
         paths, test_names = read(args.data)
-        test_knn(args, model, names, train, (paths, data.class_ids(test_names, names, paths, "--knn")), make_set, run,
+        test_knn(args, model, names, train, (paths, data.class_ids(test_names, names, paths, known)), make_set, run,
                  say)
     else:
         paths, names = read(args.data)

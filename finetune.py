@@ -145,6 +145,8 @@ def get_args(argv=None) -> argparse.Namespace:
         p.error(f"--seed {args.seed}: expected a seed below 2^31")
     if args.linear_probe and not args.init:
         p.error("--linear_probe needs --init: there is nothing to learn from a random frozen encoder")
+    if args.linear_probe and args.batch_size < 2:
+        p.error(f"--batch_size {args.batch_size}: --linear_probe needs at least 2, its BatchNorm compares clips")
     if args.linear_probe and (args.freeze or args.ema):
         p.error("--linear_probe trains the head only: leave out --freeze and --ema")
     if args.sampling == "sparse" and args.fps:
@@ -171,7 +173,7 @@ def main():
             torch.cuda.set_device(local_rank)
             torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError, NotImplementedError, AttributeError) as e:
         raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from None
     device, control = torch.device(device), None
     if "RANK" in os.environ:
@@ -229,6 +231,9 @@ def main():
         order = counts.argsort(kind="stable")
         say("the classes are imbalanced: " + ", ".join(f"{classes[i]} {counts[i]}" for i in order[:3]) + " ... "
             + ", ".join(f"{classes[i]} {counts[i]}" for i in order[-3:]) + "; read the per-class accuracy too")
+    twice = len(paths) - len({os.path.realpath(p) for p in paths})
+    if twice:
+        say(f"{twice} training videos are listed more than once; with different labels they contradict each other")
     shared = len({os.path.realpath(p) for p in paths} & {os.path.realpath(p) for p in val_paths})
     if shared:
         say(f"{shared} of the {len(val_paths)} validation videos are also trained on: their accuracy says little")
@@ -262,7 +267,8 @@ def main():
         raise ValueError(f"--freeze {args.freeze}: expected at most the {len(model.blocks)} blocks of {shape['size']}")
     clip = dict(num_frames=shape["num_frames"], size=shape["img_size"], stride=args.sampling_rate, fps=args.fps,
                 sampling=args.sampling)
-    train_set = data.FinetuneClips(paths, labels, repeat_aug=args.repeat_aug, max_side=args.max_side,
+    max_side = args.max_side and max(args.max_side, *shape["img_size"])
+    train_set = data.FinetuneClips(paths, labels, repeat_aug=args.repeat_aug, max_side=max_side,
                                    rand_aug=(int(args.rand_aug[0]), *args.rand_aug[1:]), crop_area=args.crop_area,
                                    crop_aspect=args.crop_aspect, flip=args.flip, erase_prob=args.reprob,
                                    seed=args.seed, **clip)
@@ -275,7 +281,8 @@ def main():
     run = {k: v for k, v in vars(args).items() if k not in free}  # what may not change within a run
     ends = ["/".join(p.replace(os.sep, "/").split("/")[-2:]) + f" {label}" for p, label in zip(paths, labels)]
     run |= dict(global_batch=global_batch, videos=f"{len(paths)} ({zlib.crc32(chr(10).join(ends).encode()):08x})")
-    first_step, saved, changed, best = 0, None, [], -1.0
+    val_run = f"{len(val_paths)} ({zlib.crc32(chr(10).join(val_paths).encode()):08x})"
+    first_step, saved, changed, best, validated = 0, None, [], -1.0, 0  # validated: the step of the last validation
     if args.resume and not os.path.exists(last):
         raise ValueError(f"--resume: there is no {last}")
     if os.path.exists(last) and args.resume is not False:
@@ -300,7 +307,9 @@ def main():
     if saved:
         model.set_positions(saved["config"]["pos_grid"])
         model.load_state_dict(saved["model"])
-        first_step, best = saved["step"], saved["best"]
+        first_step = saved["step"]
+        if saved["val_run"] == val_run:  # with other validation videos the best is sought anew
+            best, validated = saved["best"], saved["validated"]
         say(f"resumed {last} at step {first_step} of {total_steps}")
     elif args.init:
         load_pretrained(model, args.init, verbose=rank == 0)
@@ -346,11 +355,19 @@ def main():
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     ema = None
     if args.ema:
-        ema = {k: v.clone() for k, v in (saved["ema"] if saved else raw_model.state_dict()).items()}
+        ema = {k: v.clone() for k, v in ((saved and saved["ema"]) or raw_model.state_dict()).items()}
         ema = {k: v.to(device) for k, v in ema.items()}
     if saved:
+        options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        sizes = lambda groups: [len(group["params"]) for group in groups]
+        if sizes(saved["optimizer"]["param_groups"]) != sizes(optimizer.param_groups):
+            raise ValueError(f"{last}: --freeze and a --layer_decay of 1 change which parameters are grouped: "
+                             "they cannot change within a run")
         optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        for group, option in zip(optimizer.param_groups, options):  # decay and betas are those of the flags
+            group.update(option)
+        if saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
     del saved
 
     # ---- loader: starts at the clip where the run stands
@@ -392,7 +409,8 @@ def main():
 
     def about_run(step):
         return dict(step=step, epoch=step * global_batch / len(paths), config=raw_model.config, classes=classes,
-                    args=vars(args) | run | dict(total_steps=total_steps), rng=dict(seed=args.seed), best=best)
+                    args=vars(args) | run | dict(total_steps=total_steps), rng=dict(seed=args.seed), best=best,
+                    validated=validated, val_run=val_run)
 
     def save(step):
         if rank == 0:
@@ -401,7 +419,7 @@ def main():
 
     def validate(step):
         """Accuracy of one central view; keeps the best weights. All ranks take part and get the same figures."""
-        nonlocal best
+        nonlocal best, validated
         raw_model.eval()
         live = {k: v.clone() for k, v in raw_model.state_dict().items()} if ema else None
         if ema:
@@ -414,6 +432,7 @@ def main():
         for i, why in failed.items() if rank == 0 else ():
             note_bad(val_paths[i], why)
         if not probs:
+            save(step)
             raise ValueError(f"none of the {len(val_paths)} validation videos can be read; the first: {failed[0]}")
         result = scores(np.stack(list(probs.values())), np.array(val_labels)[list(probs)])
         if rank == 0:
@@ -424,6 +443,7 @@ def main():
             f"{result['per_class']:.2f}, loss {result['loss']:.4f} ({len(probs)} videos, one view"
             f"{', averaged weights' if ema else ''})"
             f"{f'; {len(failed)} could not be read' if failed else ''}", flush=True)
+        validated = step
         if result["top1"] > best:
             best = result["top1"]
             if rank == 0:
@@ -448,6 +468,10 @@ def main():
             with open(bad_file, "a") as f:
                 f.write(f"{path}\t{why.removeprefix(path + ': ')}\n")
 
+    passed = lambda s: int(s * global_batch / len(paths) / args.eval_every)  # validations due after s steps
+    if val_paths and (passed(first_step) > passed(validated) or validated < first_step == total_steps):
+        validate(first_step)  # the run was stopped before this one
+        save(first_step)
     waited, clock, logged = 0.0, time.time(), first_step
     model.train()
     stream = iter(loader)
@@ -541,7 +565,6 @@ def main():
             loss_sum.zero_()
             finite.zero_()
             waited, clock, logged = 0.0, time.time(), step
-        passed = lambda s: int(s * global_batch / len(paths) / args.eval_every)  # validations due after s steps
         if val_paths and not stopping and (step == total_steps or passed(step) > passed(step - 1)):
             t = time.time()
             validate(step)

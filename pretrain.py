@@ -196,7 +196,7 @@ def main():
             torch.cuda.set_device(local_rank)
             torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError, NotImplementedError, AttributeError) as e:
         raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from None
     device = torch.device(device)
     if "RANK" in os.environ:
@@ -318,8 +318,12 @@ def main():
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if saved:
+        options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        for group, option in zip(optimizer.param_groups, options):  # decay and betas are those of the flags
+            group.update(option)
+        if saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
     del saved
 
     # ---- loader: starts at the clip where the run stands

@@ -1086,6 +1086,16 @@ def test_classes_and_splits():
 
 
 @test
+def test_written_lists_read_back():
+    """Names with commas, spaces, tabs of label and endings inside come back as they were, with and without labels."""
+    rows = [("a/clip1.mp4 copy.mp4", "x"), ("v3.mov, take 2.mp4", "y z"), ("v3.mov, take 2.mp4", None),
+            ("plain.mp4", None), ("b c.avi", "d, e"), ("odd name", "x"), ("clip.mp4", "x.mp4 y")]
+    out = os.path.join(TMP, "written.tsv")
+    data.write_list(out, rows)
+    assert [data.parse_row(row, out) for row in open(out).read().splitlines()] == rows
+
+
+@test
 def test_finetuning_clips():
     """Labels follow the video that was read; repeated views show the same frames; off means exactly resized frames."""
     folder = toy_videos()
@@ -1371,6 +1381,8 @@ def test_what_is_trained():
     for k, v in encoder.items():
         still = k.startswith(("patch_embed.", "blocks.0.", "blocks.1."))
         assert torch.equal(state[k], v) == still, k
+    text = run("finetune.py", *shapeless, "--init", init, "--freeze", 2, "--out_dir", out, "--val_data", labelled()[1])
+    assert "validation at step 2" in text and "finished" in text and os.path.exists(os.path.join(out, "best.pt"))
 
 
 @test
@@ -1644,10 +1656,10 @@ def test_pictures_and_export():
     text = call(evaluate, "--ckpt", pre_ckpt, "--reconstruct", path, "--mask_ratio", 0.5, 0.75, "--mp4",
                 "--out_dir", out)
     assert text.count("loss ") == 2 and "flatters" in text
-    with data.VideoReader(os.path.join(out, "5_reconstruct.mp4")) as video:
+    with data.VideoReader(os.path.join(out, "00000_5_reconstruct.mp4")) as video:
         assert video.frames([0]).shape == (1, 224, 7 * 224, 3) and len(video) == 4
     call(evaluate, "--ckpt", ckpt, "--attention", path, "--out_dir", out)
-    with data.VideoReader(os.path.join(out, "5_attention.png")) as picture:
+    with data.VideoReader(os.path.join(out, "00000_5_attention.png")) as picture:
         image = picture.frames([0])[0]
     first = slow_views(path, 4, 3, 32, 3, 3)[4, 0]
     zoomed = first.repeat(3, 0).repeat(3, 1)

@@ -70,7 +70,8 @@ def read_weights(path: str) -> tuple[dict, list | None, dict]:
             with torch.serialization.safe_globals([argparse.Namespace]):  # released files pickle their arguments
                 state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:  # torch raises whatever the broken bytes lead to
-            raise ValueError(f"{path}: not a checkpoint that torch loads with weights_only=True ({e})") from None
+            why = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
+            raise ValueError(f"{path}: not a checkpoint that torch loads with weights_only=True ({why})") from None
         if not isinstance(state, dict):
             raise ValueError(f"{path}: holds a {type(state).__name__}, expected a dict of tensors")
         if isinstance(state.get("config"), dict):  # ours
