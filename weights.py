@@ -75,7 +75,7 @@ def read_weights(path: str) -> tuple[dict, list | None, dict]:
         if not isinstance(state, dict):
             raise ValueError(f"{path}: holds a {type(state).__name__}, expected a dict of tensors")
         if isinstance(state.get("config"), dict):  # ours
-            config, about = state["config"], dict(classes=state.get("classes"), args=state["args"])
+            config, about = state["config"], dict(classes=state.get("classes"), args=state.get("args") or {})
         for key in ("ema", "model", "module", "state_dict"):
             state = state[key] if isinstance(state.get(key), dict) else state
     grid = config.get("pos_grid", (8, 14, 14))  # released files: 16 x 224 x 224
