@@ -197,7 +197,8 @@ def main():
             torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, AttributeError) as e:
-        raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from None
+        why = "this build of torch has no such device" if isinstance(e, AttributeError) else str(e).splitlines()[0]
+        raise ValueError(f"--device {device}: {why}") from None
     device = torch.device(device)
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
