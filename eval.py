@@ -317,7 +317,7 @@ def get_args(argv=None) -> argparse.Namespace:
     return args
 
 
-def test_accuracy(args, model, classes, paths, labels, make_set, run, say):
+def report_accuracy(args, model, classes, paths, labels, make_set, run, say):
     """Multi-view accuracy; predictions.csv and confusions in out_dir."""
     videos = make_set(paths, args.num_segments or 5)
     num_crops = args.num_crops or 3
@@ -366,7 +366,7 @@ def test_accuracy(args, model, classes, paths, labels, make_set, run, say):
         say(f"per video: {path}")
 
 
-def test_knn(args, model, classes, train, test, make_set, run, say):
+def report_knn(args, model, classes, train, test, make_set, run, say):
     """Accuracy of k nearest neighbours among the training videos' frozen features."""
     sets = []
     for paths, labels in (train, test):
@@ -630,12 +630,12 @@ def main():
         known = " ".join(args.knn)
         train = train_paths, data.class_ids(train_names, names, train_paths, known)
         paths, test_names = read(args.data)
-        test_knn(args, model, names, train, (paths, data.class_ids(test_names, names, paths, known)), make_set, run,
+        report_knn(args, model, names, train, (paths, data.class_ids(test_names, names, paths, known)), make_set, run,
                  say)
     else:
         paths, names = read(args.data)
         labels = data.class_ids(names, classes, paths, args.ckpt)
-        test_accuracy(args, model, classes, paths, labels, make_set, run, say)
+        report_accuracy(args, model, classes, paths, labels, make_set, run, say)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
