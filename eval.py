@@ -121,7 +121,7 @@ def run_views(function, videos: TestVideos, num_crops: int, device, batch_size: 
     loader = torch.utils.data.DataLoader(videos, batch_size=None, sampler=range(rank, len(videos), world),
                                          num_workers=num_workers, worker_init_fn=data.ignore_signals,
                                          pin_memory=device.type == "cuda", prefetch_factor=2 if num_workers else None)
-    outputs, failed, waiting, pending = {}, {}, [], 0  # waiting: (index, views) not yet run
+    outputs, failed, waiting = {}, {}, []  # waiting: (index, views) not yet run
     num_views = videos.num_segments * num_crops
 
     def flush():

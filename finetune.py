@@ -430,6 +430,11 @@ def main():
             with autocast:
                 return raw_model(views).float().softmax(-1)
         probs, failed = run_views(classify, val_set, 1, device, args.batch_size, num_workers, control)
+        tested = raw_model.state_dict()
+        if ema:
+            raw_model.load_state_dict(live)
+            tested = ema
+        raw_model.train()
         for i, why in failed.items() if rank == 0 else ():
             note_bad(val_paths[i], why)
         if not probs:
@@ -448,10 +453,7 @@ def main():
         if result["top1"] > best:
             best = result["top1"]
             if rank == 0:
-                write("best.pt", dict(model=raw_model.state_dict()) | about_run(step))
-        if ema:
-            raw_model.load_state_dict(live)
-        raw_model.train()
+                write("best.pt", dict(model=tested) | about_run(step))
 
     # ---- loop
     stop = []  # signals received

@@ -577,10 +577,8 @@ def test_rand_augment_operations_by_hand():
     assert turned.tolist() == square[0, 0].rot90(1).tolist(), turned
     smooth = augment.sharpness(square, 0)[0, 1]
     assert smooth[1, 1] == int((sum(range(0, 90, 10)) + 4 * 40) / 13 + 0.5) and smooth[0].tolist() == [0, 10, 20]
-    ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 3, 1, 1) // 2  # 128 levels, two of each
-    step = (256 - 2) // 255  # the last level does not count
-    assert augment.equalize(ramp, None)[0, 0, 0].tolist() == [min(255, (step // 2 + 2 * (i // 2)) // step)
-                                                              for i in range(16)] if step else True
+    ramp = torch.arange(128, dtype=torch.uint8).repeat(1, 3, 8, 1)  # 128 levels, 8 of each: step (1024 - 8) // 255 = 3
+    assert augment.equalize(ramp, None)[0, 0, 0].tolist() == [min(255, (1 + 8 * i) // 3) for i in range(128)]
 
 
 @test
