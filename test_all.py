@@ -1070,10 +1070,10 @@ def test_classes_and_splits():
     for fold in range(5):
         train, val = os.path.join(TMP, "t.tsv"), os.path.join(TMP, "v.tsv")
         with contextlib.redirect_stdout(None):
-            data.main(["split", source, train, val, "--fold", str(fold), "--group", r"s\d"])
+            data.main(["split", source, train, val, "--fold", str(fold), "--group", r"/s\d_"])
         a, b = open(train).read().splitlines(), open(val).read().splitlines()
         assert sorted(a + b) == sorted(rows) and len(b) == 4
-        assert not {re.search(r"s\d", r)[0] for r in a} & {re.search(r"s\d", r)[0] for r in b}
+        assert not {re.search(r"/s\d_", r)[0] for r in a} & {re.search(r"/s\d_", r)[0] for r in b}
         seen += b
     assert sorted(seen) == sorted(rows)
     with contextlib.redirect_stdout(None):
