@@ -21,7 +21,8 @@ import torch
 import data
 import masking
 from eval import TestVideos, cut, view_indices
-from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, VideoClassifier, VideoMAE, param_groups
+from model import (IMAGENET_MEAN, IMAGENET_STD, SIZES, VideoClassifier, VideoMAE, best_dtype,
+                   param_groups)
 
 
 def training_step(name: str, args):
@@ -51,7 +52,7 @@ def training_step(name: str, args):
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
 
     def step():
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=best_dtype(device) == "bf16"):
             loss = forward()
         loss.backward()
         optimizer.step()
@@ -79,7 +80,8 @@ def bench_step(args):
         print(f"transformers {transformers.__version__}, sdpa attention, eager")
     except ImportError:
         print("transformers is not installed: no ratio")
-    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, bf16 autocast, "
+    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, "
+          f"{'bf16 autocast' if best_dtype(torch.device(args.device)) == 'bf16' else 'fp32'}, "
           f"ViT-{args.model}, batch {args.batch_size}, 16x224x224, 160 of 1568 tokens visible")
     context, memory = multiprocessing.get_context("spawn"), {}
     for name in names:
@@ -209,7 +211,7 @@ def bench_eval(args):
 
     @torch.no_grad()
     def forward(views):
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=best_dtype(device) == "bf16"):
             return model(views.to(device)).float().softmax(-1).mean(0).argmax().item()
     ways = {"ours, one decode per video": once, "per view, its clip": lambda i: per_view(i, False),
             "per view, the video": lambda i: per_view(i, True)}

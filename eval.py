@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 import data
 import masking
-from model import VideoClassifier, VideoMAE, run_blocks
+from model import VideoClassifier, VideoMAE, best_dtype, run_blocks
 from weights import build_model, to_hf
 
 # ---- views: which frames, which crops ----
@@ -275,7 +275,7 @@ def get_args(argv=None) -> argparse.Namespace:
     p.add_argument("--out_dir", default="out/eval")
     p.add_argument("--seed", default=0, type=int, help="of the masks that reconstruct draws")
     p.add_argument("--device", help="cuda, cpu or mps (default: the first there is)")
-    p.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
+    p.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="(default: bf16 where the hardware has it)")
     p.add_argument("--batch_size", default=32, type=int, help="views per forward pass and rank")
     p.add_argument("--num_workers", type=int, help="decoding processes per rank (default: cores per rank, at most 10)")
     p.add_argument("--toy", action="store_true", help="test out/finetune/best.pt on the toy videos; other flags win")
@@ -536,6 +536,7 @@ def main():
         why = "this build of torch has no such device" if isinstance(e, AttributeError) else str(e).splitlines()[0]
         raise ValueError(f"--device {device}: {why}") from None
     device, control = torch.device(device), None
+    dtype_name = args.dtype or best_dtype(device)
     if "RANK" in os.environ:
         dist.init_process_group("gloo")  # nothing but results is exchanged
         control = dist.group.WORLD
@@ -571,7 +572,7 @@ def main():
     clip = dict(num_frames=model.config["num_frames"], size=tuple(model.config["img_size"]),
                 stride=args.sampling_rate or trained.get("sampling_rate", 4), fps=args.fps or trained.get("fps"),
                 sampling=args.sampling or trained.get("sampling", "dense"))
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype_name]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     say(f"{about['size']} {f'classifier of {len(classes)} classes' if classifier else 'with decoder'}, "
         f"clips of {'x'.join(map(str, (clip['num_frames'], *clip['size'])))}, {clip['sampling']}"

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 import augment
 import data
 from eval import TestVideos, run_views, scores
-from model import SIZES, VideoClassifier, count_params, param_groups, to_unit
+from model import SIZES, VideoClassifier, best_dtype, count_params, param_groups, to_unit
 from weights import load_pretrained, read_weights
 
 MAX_NONFINITE = 20  # steps in a row with a non-finite gradient before the run gives up
@@ -100,7 +100,7 @@ def get_args(argv=None) -> argparse.Namespace:
     p.add_argument("--out_dir", default="out/finetune")
     p.add_argument("--seed", default=0, type=int)
     p.add_argument("--device", help="cuda, cpu or mps (default: the first there is)")
-    p.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
+    p.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="(default: bf16 where the hardware has it)")
     p.add_argument("--compile", action=flag, default=False, help="torch.compile the model")
     p.add_argument("--resume", action=flag, help="continue from out_dir (default: if it holds this very run)")
     p.add_argument("--log_every", default=10, type=int, help="steps")
@@ -177,6 +177,7 @@ def main():
         why = "this build of torch has no such device" if isinstance(e, AttributeError) else str(e).splitlines()[0]
         raise ValueError(f"--device {device}: {why}") from None
     device, control = torch.device(device), None
+    dtype_name = args.dtype or best_dtype(device)
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         control = dist.new_group(backend="gloo")  # host-side numbers: agreeing to stop does not wait for the GPU
@@ -281,7 +282,8 @@ def main():
             "toy", "device", "compile", "checkpointing", "batch_size", "accum_steps", "data", "data_root", "val_data"}
     run = {k: v for k, v in vars(args).items() if k not in free}  # what may not change within a run
     ends = ["/".join(p.replace(os.sep, "/").split("/")[-2:]) + f" {label}" for p, label in zip(paths, labels)]
-    run |= dict(global_batch=global_batch, videos=f"{len(paths)} ({zlib.crc32(chr(10).join(ends).encode()):08x})")
+    run |= dict(dtype=dtype_name, global_batch=global_batch,
+                videos=f"{len(paths)} ({zlib.crc32(chr(10).join(ends).encode()):08x})")
     val_run = f"{len(val_paths)} ({zlib.crc32(chr(10).join(val_paths).encode()):08x})"
     first_step, saved, changed, best, validated = 0, None, [], -1.0, 0  # validated: the step of the last validation
     if args.resume and not os.path.exists(last):
@@ -351,8 +353,8 @@ def main():
     else:
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, args.beta2), fused=fused)
     params = [p for group in groups for p in group["params"]]
-    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype_name == "fp16")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype_name]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     ema = None
     if args.ema:
@@ -389,7 +391,7 @@ def main():
         f"{world} rank(s) x {args.batch_size} videos x {args.accum_steps} = batch {global_batch}"
         f"{f' (x {args.repeat_aug} clips)' if args.repeat_aug > 1 else ''}, {total_steps} steps = "
         f"{total_steps * global_batch / len(paths):.1f} epochs, peak lr {lr:.2e}, layer decay {layer_decay:g}, "
-        f"{device.type} {args.dtype}, {num_workers} workers")
+        f"{device.type} {dtype_name}, {num_workers} workers")
     board = SummaryWriter(args.out_dir) if args.tensorboard and rank == 0 else None
 
     def log(row):

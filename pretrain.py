@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import masking
-from model import SIZES, VideoMAE, count_params, param_groups, patchify, to_unit, unpatchify
+from model import SIZES, VideoMAE, best_dtype, count_params, param_groups, patchify, to_unit, unpatchify
 from weights import load_pretrained
 
 MAX_NONFINITE = 20  # steps in a row with a non-finite gradient before the run gives up
@@ -86,7 +86,7 @@ def get_args(argv=None) -> argparse.Namespace:
     p.add_argument("--out_dir", default="out/pretrain")
     p.add_argument("--seed", default=0, type=int)
     p.add_argument("--device", help="cuda, cpu or mps (default: the first there is)")
-    p.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
+    p.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="(default: bf16 where the hardware has it)")
     p.add_argument("--compile", action=flag, default=False, help="torch.compile the model")
     p.add_argument("--resume", action=flag, help="continue from out_dir (default: if it holds this very run)")
     p.add_argument("--log_every", default=10, type=int, help="steps")
@@ -200,6 +200,7 @@ def main():
         why = "this build of torch has no such device" if isinstance(e, AttributeError) else str(e).splitlines()[0]
         raise ValueError(f"--device {device}: {why}") from None
     device = torch.device(device)
+    dtype_name = args.dtype or best_dtype(device)
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         control = dist.new_group(backend="gloo")  # host-side numbers: agreeing to stop does not wait for the GPU
@@ -254,7 +255,8 @@ def main():
             "init", "device", "compile", "checkpointing", "batch_size", "accum_steps", "data", "data_root", "val_data"}
     run = {k: v for k, v in vars(args).items() if k not in free}  # what may not change within a run
     names = ["/".join(p.replace(os.sep, "/").split("/")[-2:]) for p in paths]
-    run |= dict(global_batch=global_batch, videos=f"{len(paths)} ({zlib.crc32(chr(10).join(names).encode()):08x})")
+    run |= dict(dtype=dtype_name, global_batch=global_batch,
+                videos=f"{len(paths)} ({zlib.crc32(chr(10).join(names).encode()):08x})")
     first_step, saved, changed = 0, None, []
     if args.resume and not os.path.exists(last):
         raise ValueError(f"--resume: there is no {last}")
@@ -315,8 +317,8 @@ def main():
     groups = param_groups(raw_model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, args.beta2), fused=fused)
     params = [p for group in groups for p in group["params"]]
-    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype_name == "fp16")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype_name]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if saved:
         options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -345,7 +347,7 @@ def main():
         f"{f', {num_decoded} decoded' if num_decoded else ''}; "
         f"{world} rank(s) x {args.batch_size} videos x {args.accum_steps} = batch {global_batch}"
         f"{f' (x {args.repeat_aug} clips)' if args.repeat_aug > 1 else ''}, {total_steps} steps = "
-        f"{total_steps * global_batch / len(paths):.1f} epochs, peak lr {lr:.2e}, {device.type} {args.dtype}, "
+        f"{total_steps * global_batch / len(paths):.1f} epochs, peak lr {lr:.2e}, {device.type} {dtype_name}, "
         f"{num_workers} workers")
     board = SummaryWriter(args.out_dir) if args.tensorboard and rank == 0 else None
 

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+import unittest.mock
 from fractions import Fraction
 
 import av
@@ -35,8 +36,9 @@ import finetune
 import masking
 import pretrain
 import weights
-from model import (SIZES, Encoder, HeadwiseAttention, VideoClassifier, VideoMAE, count_params, forward_macs,
-                   normalize_cubes, param_groups, patchify, position_table, sincos_table, split, unpatchify)
+from model import (SIZES, Encoder, HeadwiseAttention, VideoClassifier, VideoMAE, best_dtype, count_params,
+                   forward_macs, normalize_cubes, param_groups, patchify, position_table, sincos_table, split,
+                   unpatchify)
 
 evaluate = importlib.import_module("eval")  # `import eval` would hide the builtin
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -225,6 +227,16 @@ def test_headwise_attention():
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(clips(model), mask_for(model))[0]
     assert abs(loss - model(clips(model), mask_for(model))[0]) < 0.02
+
+
+@test
+def test_default_dtype():
+    """--dtype is bf16 where the hardware has it: not on an x86 CPU without AVX-512, not on a GPU before Ampere."""
+    name = best_dtype(torch.device("cpu"))
+    if os.path.exists("/proc/cpuinfo") and "avx2" in (flags := open("/proc/cpuinfo").read().split()):
+        assert name == ("bf16" if "avx512bw" in flags else "fp32"), name
+    with unittest.mock.patch.object(torch.cuda, "is_bf16_supported", lambda including_emulation: False):
+        assert best_dtype(torch.device("cuda")) == "fp16"
 
 
 @test
