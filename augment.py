@@ -184,6 +184,23 @@ def erase(video: torch.Tensor, boxes: torch.Tensor, mean, std) -> torch.Tensor:
     return torch.where(inside(boxes, *video.shape[2:4]), noise, video)
 
 
+def hsv_shift(video: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """(B, T, H, W, 3) float in [0,1], shift (B, 3) -> hue (turns), saturation and value moved, the latter two clipped.
+
+    One shift for all frames of a clip.
+    """
+    dh, ds, dv = shift.view(-1, 3, 1, 1, 1, 1).unbind(1)
+    r, g, b = video.split(1, -1)
+    value, low = video.amax(-1, keepdim=True), video.amin(-1, keepdim=True)
+    chroma = value - low
+    safe = chroma.clamp(min=1e-12)
+    hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)) / 6
+    saturation = (chroma / value.clamp(min=1e-12) + ds).clamp(0, 1)
+    value = (value + dv).clamp(0, 1)
+    k = ((hue + dh) * 6 + torch.tensor([5.0, 3.0, 1.0], device=video.device)) % 6
+    return value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
 def mix(rng, video, labels, num_classes, mixup=0.8, cutmix=1.0, switch_prob=0.5, smoothing=0.1):
     """Mixup or CutMix with the batch reversed, one lambda for all; (video, soft targets (B, num_classes) float32).
 

@@ -12,6 +12,7 @@ A clip is (T, H, W, C) uint8. A frame index counts presented frames from 0. What
 import argparse
 import bisect
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -200,17 +201,14 @@ class VideoReader:
             self.pts.append(packet.pts)
             if packet.is_keyframe:
                 keys.append((packet.pts, i))
-            hidden = self.codec.name in ("vp8", "libvpx") and not bytes(packet)[0] & 0x10  # VP8's alternate references
-            if not packet.is_discard and not hidden and keys:
+            if keys and self.is_shown(packet):
                 shown.append(i)
             if stamp is None:
                 self.packets.append(packet)
         if not self.pts:
             raise VideoError(f"{self.path}: holds no video packets")
         stamps = [self.pts[i] for i in shown]
-        # AVI stores decoding order only: with B-frames its time stamps are not those of the pictures
-        guessed = self.container.format.name == "avi" and self.codec.has_b_frames
-        if None in stamps or len(set(stamps)) < len(stamps) or not keys or guessed:
+        if None in stamps or len(set(stamps)) < len(stamps) or not keys or self.guesses_times():
             self.count_frames()
         else:
             self.keys = sorted(keys)
@@ -225,6 +223,14 @@ class VideoReader:
             INDEX_CACHE[stamp] = self.pts, self.keys, self.order, self.counted, self.times
             while len(INDEX_CACHE) > 256:
                 INDEX_CACHE.popitem(last=False)
+
+    def is_shown(self, packet) -> bool:
+        """Whether a packet's picture is presented: not cut off by an edit list, no alternate reference of VP8."""
+        return not packet.is_discard and not (self.codec.name in ("vp8", "libvpx") and not bytes(packet)[0] & 0x10)
+
+    def guesses_times(self) -> bool:
+        """AVI stores decoding order only: with B-frames its time stamps are not those of the pictures."""
+        return self.container.format.name == "avi" and bool(self.codec.has_b_frames)
 
     def demux(self):
         try:
@@ -302,12 +308,7 @@ class VideoReader:
                 for key, some in by_key.items():
                     wanted = {self.pts[self.order[i]]: i for i in some}
                     last = max(self.order[i] for i in some)
-                    for frame in self.decode(self.read(key, last + 1), wanted):
-                        if frame.pts in wanted:
-                            i = wanted[frame.pts]
-                            if frame.is_corrupt:
-                                raise VideoError(f"{self.path}: frame {i} of {len(self)} is damaged")
-                            found[i] = self.convert(frame)
+                    self.take(self.read(key, last + 1), wanted, found)
         except VideoError:
             raise
         except (av.FFmpegError, OSError, ValueError) as e:
@@ -316,7 +317,19 @@ class VideoReader:
         missing = [i for i in indices if i not in found]
         if missing:
             raise VideoError(f"{self.path}: frame {missing[0]} of {len(self)} gives no picture")
-        if len({x.shape for x in found.values()}) > 1:  # a stream that changes its size: all as the first
+        return self.stack(found, indices)
+
+    def take(self, numbered, wanted: dict, found: dict):
+        """Decodes packets; the pictures of the time stamps in `wanted` go to found[wanted[time stamp]]."""
+        for frame in self.decode(numbered, wanted):
+            if frame.pts in wanted:
+                if frame.is_corrupt:
+                    raise VideoError(f"{self.path}: frame {wanted[frame.pts]} is damaged")
+                found[wanted[frame.pts]] = self.convert(frame)
+
+    def stack(self, found: dict, indices) -> np.ndarray:
+        """found[i] for i in indices as one array; in a stream that changes its size, all as the first."""
+        if len({x.shape for x in found.values()}) > 1:
             h, w = found[min(found)].shape[:2]
             found = {i: resize(torch.from_numpy(x)[None], h, w)[0].numpy() for i, x in found.items()}
         return np.stack([found[i] for i in indices])
@@ -329,6 +342,93 @@ class VideoReader:
         if self.size_of:  # at once, so that many frames of a large video fit in memory
             rgb = resize(torch.from_numpy(np.ascontiguousarray(rgb))[None], *self.size_of(*rgb.shape[:2]))[0].numpy()
         return rgb
+
+
+FIRST_STAMP: dict = {}  # of movies: the time stamp of the first picture
+
+
+class MovieReader(VideoReader):
+    """Frames by time from a file of hours: a seek and the packets around, where VideoReader reads them all.
+
+    Seconds count from the first picture, whatever time stamp the file gives it.
+    """
+
+    def read_index(self):
+        """Finds the first picture's time stamp; a file without usable time stamps is indexed as VideoReader does."""
+        self.order, self.packets, stamp = None, None, (self.path, os.path.getmtime(self.path))
+        if self.guesses_times():
+            return super().read_index()
+        if stamp not in FIRST_STAMP:
+            numbered = enumerate(self.demux())
+            FIRST_STAMP[stamp] = next((frame.pts for frame in self.decode(numbered)), None)
+        self.first = FIRST_STAMP[stamp]
+        if self.first is None:
+            super().read_index()
+
+    def at(self, seconds) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds (any shape) -> the distinct nearest frames (U, H, W, 3), and where each is among them (that shape).
+
+        Before the start the first frame is taken, after the end the last; VideoError for what is all out of the file by
+        more than 3 s, which means another file or another clock.
+        """
+        seconds = np.asarray(seconds, float)
+        if seconds.max() < -3:
+            raise VideoError(f"{self.path}: {-seconds.max():.2f} s before its start were asked for")
+        if self.order is None:
+            try:
+                found = self.near(seconds)
+            except (av.FFmpegError, OSError) as e:
+                why = getattr(e, "strerror", None) or e
+                raise VideoError(f"{self.path}: damaged near {seconds.min():.2f} s ({why})") from None
+            if found:
+                return found
+            self.container.seek(0)
+            super().read_index()  # its time stamps cannot be relied on: all packets are read
+        times = self.times - self.times[0]
+        self.check_end(times[-1], seconds.min())
+        unique, inverse = np.unique(nearest(times, seconds.ravel()), return_inverse=True)
+        return self.frames(unique), inverse.reshape(seconds.shape)
+
+    def check_end(self, end: float, start: float):
+        if start > end + 3:
+            raise VideoError(f"{self.path}: ends at {end:.2f} s, frames from {start:.2f} s on were asked for")
+
+    def near(self, seconds):
+        """As `at`, by seeking; None where time stamps are missing or given twice."""
+        stamps = np.maximum(self.first + seconds.ravel() / float(self.stream.time_base), self.first)
+        for back in (0, 10, 60, math.inf):  # some containers seek too far
+            start = max(self.first, stamps.min() - back / float(self.stream.time_base))
+            try:
+                self.container.seek(math.floor(start), stream=self.stream)
+            except av.FFmpegError:  # past the end, in some containers
+                continue
+            packets, end = [], math.inf
+            for packet in self.demux():
+                if packet.pts is None or packet.dts is None:
+                    return None
+                packets.append(packet)
+                if packet.pts >= stamps.max():
+                    end = min(end, packet.pts)
+                if packet.dts >= end:  # later packets have later pictures
+                    break
+            key = next((i for i, p in enumerate(packets) if p.is_keyframe), len(packets))
+            packets = packets[key:]
+            if packets and packets[0].pts <= max(stamps.min(), self.first):
+                break
+        else:
+            return None
+        shown = sorted(p.pts for p in packets if self.is_shown(p) and p.pts >= packets[0].pts)
+        if len(set(shown)) < len(shown):
+            return None
+        self.check_end((shown[-1] - self.first) * float(self.stream.time_base), seconds.min())
+        unique, inverse = np.unique(nearest(np.array(shown, float), stamps), return_inverse=True)
+        wanted = {shown[i]: k for k, i in enumerate(unique)}
+        last = max(i for i, p in enumerate(packets) if p.pts in wanted)
+        found = {}
+        self.take(enumerate(packets[:last + 1]), wanted, found)
+        if len(found) < len(wanted):
+            raise VideoError(f"{self.path}: a frame near {seconds.min():.2f} s gives no picture")
+        return self.stack(found, range(len(unique))), inverse.reshape(seconds.shape)
 
 
 # ---- which frames ----

@@ -235,7 +235,7 @@ class Encoder(nn.Module):
         self.patch_embed = CubeEmbed(D, self.cube)
         self.blocks = nn.ModuleList(Block(D, heads, drop_path * i / max(depth - 1, 1)) for i in range(depth))
         pixels = math.prod(self.cube)
-        self.register_buffer("mean", torch.tensor(mean).repeat(pixels), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).repeat(pixels), persistent=False)  # (P,)
         self.register_buffer("std", torch.tensor(std).repeat(pixels), persistent=False)
         self.register_buffer("pos", torch.empty(0), persistent=False)
         self.set_positions(pos_grid or self.grid)

@@ -31,7 +31,8 @@ def to_reference(state: dict) -> dict:
         if name.startswith(("videomae.", "decoder.decoder_layers.", "classifier.")):
             for pattern, new in HF_NAMES:
                 name = re.sub(pattern, new, name)
-        out[name.removeprefix("module.").removeprefix("encoder.")] = x.float()
+        name = re.sub(r"^roi_heads\..*cls_score\.", "cls_score.", name)  # the paper's detection code
+        out[re.sub(r"^(module\.)?(backbone\.|encoder\.)?", "", name)] = x.float()
     for name in [k for k in out if k.endswith(".query.weight")]:
         stem = name.removesuffix("query.weight")
         out[stem + "qkv.weight"] = torch.cat([out.pop(f"{stem}{p}.weight") for p in ("query", "key", "value")])
@@ -119,7 +120,8 @@ def build_model(path: str, num_frames: int | None = None, img_size=None, verbose
     elif "head.weight" in state:
         model = VideoClassifier(len(state["head.weight"]), head_norm="head_norm.running_mean" in state, **kwargs)
     else:
-        raise ValueError(f"{path}: holds neither a decoder nor a classification head; finetune.py --init takes it")
+        raise ValueError(f"{path}: holds neither a decoder nor a classification head; finetune.py --init takes it, "
+                         "detect_ava.py --ckpt a detection checkpoint")
     load_pretrained(model, path, verbose)
     return model.eval(), about
 
@@ -153,7 +155,7 @@ def load_pretrained(model: nn.Module, path: str, verbose: bool = True) -> dict:
                 x = repeat(x, "d c 1 h w -> d c t h w", t=y.shape[2]) / y.shape[2]  # I3D mean
         if x.shape == y.shape:
             fits[name] = x
-        elif "head." in name:
+        elif "head." in name or name.startswith("cls_score."):
             report["skipped"][name] = f"{tuple(x.shape)} in the file, {tuple(y.shape)} in this model"
         else:
             raise ValueError(f"{path}: {name} is {tuple(x.shape)} in the file, {tuple(y.shape)} in this model: "
