@@ -223,20 +223,20 @@ def pairwise_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def true_positives(group, box, score, true_group, true_box) -> np.ndarray:
-    """(n,) bool: which detections are right. A group is a frame and a class; rows of equal score count in their order.
+    """(n,) bool: which detections are right. A group (int from 0) is a frame and a class; equal scores stay in order.
 
     Each detection looks only at the true box of its group that it overlaps most, the first among equals, and is right
     if the IoU is at least .5 and no higher-scored one took that box.
     """
     order = np.argsort(true_group, kind="stable")
-    true_group, true_box = true_group[order], true_box[order]
-    low, high = (np.searchsorted(true_group, group, side) for side in ("left", "right"))
-    right, has = np.zeros(len(group), bool), np.flatnonzero(high > low)
+    true_box = true_box[order]
+    size = np.bincount(true_group, minlength=max(group.max(initial=0), true_group.max(initial=0)) + 1)  # of each group
+    right, has = np.zeros(len(group), bool), np.flatnonzero(size[group])
     if not len(has):
         return right
-    count = (high - low)[has]
+    low, count = (np.cumsum(size) - size)[group[has]], size[group[has]]
     start = np.cumsum(count) - count  # a detection's pairs with the true boxes of its group stand in a row
-    candidate = np.repeat(low[has] - start, count) + np.arange(count.sum())
+    candidate = np.repeat(low - start, count) + np.arange(count.sum())
     iou = pairwise_iou(np.repeat(box[has], count, 0), true_box[candidate])
     best = np.maximum.reduceat(iou, start)
     taken = np.minimum.reduceat(np.where(iou == np.repeat(best, count), candidate, len(true_box)), start)
@@ -266,6 +266,7 @@ def frame_map(truth: Rows, found: Rows, class_ids, excluded=(), protocol: str = 
     """
     if protocol not in ("paper", "activitynet"):
         raise ValueError(f"protocol={protocol!r}: expected paper or activitynet")
+    classes = np.array(sorted(class_ids))
     places = {key: i for i, key in enumerate(truth.keys)}
     drop = set(excluded)
     if protocol == "activitynet":
@@ -274,34 +275,35 @@ def frame_map(truth: Rows, found: Rows, class_ids, excluded=(), protocol: str = 
     def arrays(rows):
         place = np.array([-1 if key in drop else places.setdefault(key, len(places)) for key in rows.keys] or [0])
         frame = place[rows.frame] if len(rows.frame) else rows.frame
-        keep = (frame >= 0) & np.isin(rows.id, list(class_ids))
+        column = np.minimum(np.searchsorted(classes, rows.id), len(classes) - 1)  # of the class among those scored
+        keep = (frame >= 0) & (classes[column] == rows.id)
         if rows is found and protocol == "activitynet":
             kept = np.flatnonzero(keep)
             order = kept[np.lexsort((-rows.score[kept], frame[kept]))]  # stable: by frame, then by score
             first = np.searchsorted(frame[order], frame[order])
             keep[order[np.arange(len(order)) - first >= 50]] = False
         keep &= (rows.box[:, 2] > rows.box[:, 0]) & (rows.box[:, 3] > rows.box[:, 1])
-        return frame[keep], rows.id[keep], rows.box[keep], rows.score[keep]
-    true_frame, true_id, true_box, _ = arrays(truth)
-    frame, ids, box, score = arrays(found)
-    span = max(class_ids) + 1
-    right = true_positives(frame * span + ids, box, score, true_frame * span + true_id, true_box)
-    ap, count = {}, {}
-    for c in class_ids:
-        mine = np.flatnonzero(ids == c)
-        count[c] = int((true_id == c).sum())
-        ap[c] = average_precision(right[mine[np.argsort(-score[mine], kind="stable")]], count[c])
+        return frame[keep], column[keep], rows.box[keep], rows.score[keep]
+    true_frame, true_column, true_box, _ = arrays(truth)
+    frame, column, box, score = arrays(found)
+    right = true_positives(frame * len(classes) + column, box, score, true_frame * len(classes) + true_column, true_box)
+    order = np.lexsort((-score, column))  # by class, then by score; stable
+    ends = np.searchsorted(column[order], np.arange(len(classes) + 1))
+    total = np.bincount(true_column, minlength=len(classes)).tolist()
+    ap = {c: average_precision(right[order[ends[k]:ends[k + 1]]], total[k]) for k, c in enumerate(classes.tolist())}
     scored = [x for x in ap.values() if not math.isnan(x)]
-    return dict(map=float(np.mean(scored)) if scored else math.nan, ap=ap, count=count)
+    return dict(map=float(np.mean(scored)) if scored else math.nan, ap=ap, count=dict(zip(classes.tolist(), total)))
 
 
 def write_detections(path: str, found: Rows):
     """AVA's format: video,second (4 digits),x1,y1,x2,y2,action,score."""
     names = [f"{video},{second:04d}" for video, second in found.keys]
+    last, start = None, ""
     with open(path + ".part", "w") as f:
-        for i, (x1, y1, x2, y2), c, s in zip(found.frame.tolist(), found.box.tolist(), found.id.tolist(),
-                                              found.score.tolist()):
-            f.write(f"{names[i]},{x1:.6g},{y1:.6g},{x2:.6g},{y2:.6g},{c},{s:.6g}\n")
+        for i, box, c, s in zip(found.frame.tolist(), found.box.tolist(), found.id.tolist(), found.score.tolist()):
+            if (i, box) != last:  # the rows of a box stand together
+                last, start = (i, box), f"{names[i]},{','.join(f'{x:.6g}' for x in box)},"
+            f.write(f"{start}{c},{s:.6g}\n")
     os.replace(path + ".part", path)
 
 

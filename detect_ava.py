@@ -238,7 +238,7 @@ COLORS = [(255, 230, 0), (0, 230, 255), (255, 90, 200), (120, 255, 90), (255, 15
 
 
 def draw_boxes(image: np.ndarray, boxes, captions: list):
-    """Draws boxes (n, 4) in [0,1] and the lines of text that belong to each into an (H, W, 3) uint8 image, in place."""
+    """Draws boxes (n, 4) in [0,1] and the lines of text of each, above it if there is room, into (H, W, 3) uint8."""
     h, w = image.shape[:2]
     scale = max(1, min(h, w) // 240)
     for k, ((x1, y1, x2, y2), lines) in enumerate(zip(boxes, captions)):
@@ -247,8 +247,10 @@ def draw_boxes(image: np.ndarray, boxes, captions: list):
         color, t = COLORS[k % len(COLORS)], scale
         image[top:top + t, left:right + 1] = image[max(bottom - t + 1, 0):bottom + 1, left:right + 1] = color
         image[top:bottom + 1, left:left + t] = image[top:bottom + 1, max(right - t + 1, 0):right + 1] = color
+        above = top - 7 * scale * len(lines)
         for n, text in enumerate(lines):
-            y, x = top + t + n * 7 * scale, min(left + t, max(w - 4 * scale * len(text) - scale, 0))
+            y = (above if above >= 0 else top + t) + n * 7 * scale
+            x = min(left, max(w - 4 * scale * len(text) - scale, 0))
             image[y:y + 7 * scale, x:x + 4 * scale * len(text) + scale] //= 4
             data.draw_text(image, text, y + scale, x + scale, scale, color)
 
@@ -266,7 +268,9 @@ def draw_movie(path: str, out: str, found: Rows, names: dict, show: float, movie
         for frame in video.decode(video.read(0, len(video.pts))):
             if count >= len(video):
                 break
-            image, t = np.ascontiguousarray(video.convert(frame)), video.times[count] - video.times[0]
+            image, t = video.convert(frame), video.times[count] - video.times[0]
+            zoom = -(-240 // min(image.shape[:2]))  # so that names are readable on small movies
+            image = np.ascontiguousarray(image.repeat(zoom, 0).repeat(zoom, 1))
             nearest = int(abs(seconds - t).argmin()) if len(seconds) else -1
             if nearest >= 0 and abs(seconds[nearest] - t) <= 0.5:
                 mine = found.frame == nearest
@@ -398,8 +402,10 @@ def get_args(argv=None) -> argparse.Namespace:
         p.error("--ckpt tests, --init trains: only one of them")
     if (args.score or args.ckpt) and not args.val_data and not args.video and not args.toy:
         p.error("--val_data: expected the annotation CSVs to test on")
-    if "toy" in args.data + (args.val_data or []) and (len(args.data) > 1 or len(args.val_data or []) > 1):
+    if any("toy" in x and len(x) > 1 for x in (args.data, args.val_data or [])):
         p.error("the word toy stands alone")
+    if not args.ckpt and not args.score and args.val_data and (args.data == ["toy"]) != (args.val_data == ["toy"]):
+        p.error("--data and --val_data: both are the toy movies, or neither")
     return args
 
 

@@ -11,6 +11,7 @@ import csv
 import functools
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -31,7 +32,9 @@ import torch
 import torch.nn.functional as F
 
 import augment
+import ava
 import data
+import detect_ava
 import finetune
 import masking
 import pretrain
@@ -708,7 +711,7 @@ def test_mix():
 def numbered(n=40, h=64, w=96):
     """Frames with their number on the left (8 bits, black and white blocks) and moving noise beside it: real GOPs."""
     rng, frames = np.random.default_rng(0), np.full((n, h, w, 3), 128, np.uint8)
-    noise = rng.integers(0, 255, (h // 8 + 1, w * 4, 3), dtype=np.uint8).repeat(8, 0)[:h]
+    noise = rng.integers(0, 255, (h // 8 + 1, max(w * 4, 2 * n + w), 3), dtype=np.uint8).repeat(8, 0)[:h]
     for i in range(n):
         frames[i, :, w // 2:] = noise[:, 2 * i:2 * i + w - w // 2]
         for bit in range(8):
@@ -1713,10 +1716,506 @@ def test_eval_mistakes():
 
 # ---------------------------------------------------------------- all scripts
 
+# ---------------------------------------------------------------- ava.py
+
+def ava_file(name, text):
+    """A file in the temporary folder -> its path."""
+    path = os.path.join(TMP, name)
+    open(path, "w", newline="").write(text)
+    return path
+
+
+@test
+def test_ava_files():
+    """AVA's CSVs parse in every form met: padded seconds, CR LF, tabs, no person, empty label, nobody in the frame."""
+    truth = ava.read_rows(ava_file("t.csv", "m,0902,0.1,0.2,0.3,0.4,12,0\r\nm,902,0.1,0.2,0.3,0.4,80,0\r\n\r\n"
+                                            "n,903,,,,,,\r\nk,1\r\n"), "truth")
+    assert truth.keys == [("m", 902), ("n", 903), ("k", 1)] and truth.frame.tolist() == [0, 0]
+    assert truth.id.tolist() == [12, 80] and truth.box.tolist() == [[0.1, 0.2, 0.3, 0.4]] * 2
+    early = ava.read_rows(ava_file("t7.csv", "video,sec,x1,y1,x2,y2,action\n-5KQ66BBWC4,942,.1,.2,.3,.4,1\n"), "truth")
+    assert early.keys == [("-5KQ66BBWC4", 942)] and early.id.tolist() == [1]
+    boxes = ava.read_rows(ava_file("b.csv", "m\t1\t0\t0\t1\t1\t\t0.9\r\nm\t1\t0\t0\t1\t1\t7\t0.8\r\n"), "boxes")
+    assert boxes.score.tolist() == [0.9, 0.8] and boxes.id.tolist() == [0, 0]
+    assert ava.read_rows(ava_file("b7.csv", "m,1,0,0,1,1,0.7\n"), "boxes").score.tolist() == [0.7]
+    assert ava.read_excluded(ava_file("e.csv", "0f39OWEqJ24,0903\r\n")) == {("0f39OWEqJ24", 903)}
+    assert ava.read_excluded(ava_file("empty.csv", "")) == set() == ava.read_excluded(None)
+    both = 'item {\n name: "bend/bow (at the waist)"\n id: 3\n}\nlabel {\n  name: \'watch {TV}\'\n}'
+    with raises("expected a name and an id"):
+        ava.read_label_map(ava_file("bad.pbtxt", both))
+    both = 'item {\n name: "stand"\n id: 12\n}\nlabel {\n  name: "bend"\n label_id: 1\n label_type: PERSON_MOVEMENT\n}'
+    assert ava.read_label_map(ava_file("both.pbtxt", both)) == {1: "bend", 12: "stand"}
+    for kind, row, words in (("truth", "m,1,0,0,1,1", ["6 columns"]), ("truth", "m,1.5,0,0,1,1,2,0", ["whole second"]),
+                             ("truth", "m,1,0,0,640,480,2,0", ["[0,1]"]), ("boxes", "m,1,0,0,1,1,,x", ["score"]),
+                             ("detections", "m,1,0,0,1,1,3", ["7 columns", "action,score"]),
+                             ("detections", "m,1,0,0,1,1,3,nan", ["not finite"])):
+        with raises("wrong.csv row 2", row, *words):
+            ava.read_rows(ava_file("wrong.csv", "m,1,0,0,1,1,2,0.5\n" + row + "\n"), kind)
+    aia = ava_file("aia.json", json.dumps([dict(image_id=10902, bbox=[64, 48, 320, 240], score=0.9)]))
+    want = [[0.1, 0.1, 0.6, 0.6]]
+    for movies in (ava_file("movies.txt", "a.mkv,640,480\nb.mp4,640,480\n"), ava_file("images.json", json.dumps(
+            dict(images=[dict(id=10902, movie="b", timestamp=902, width=640, height=480)])))):
+        rows = ava.read_boxes(aia, movies, None)
+        assert rows.keys == [("b", 902)] and np.allclose(rows.box, want)
+    movies = ava_file("movies.txt", "a.mkv\nb.mp4\n")
+    assert np.allclose(ava.read_boxes(aia, movies, lambda video: (720, 960)).box, [[64 / 480, 48 / 360, 0.8, 0.8]])
+    with raises("aia.json entry 1", "--movie_list"):
+        ava.read_boxes(aia, movies, lambda video: (100, 100))
+
+
+@test
+def test_detection_files_read_back():
+    """What write_detections writes, both readers read alike; a frame met again in a second file is ignored."""
+    rng = np.random.default_rng(0)
+    frame = np.array([0, 0, 1, 2, 0])
+    box = rng.random((5, 4)).round(3)
+    rows = ava.Rows([("a,b", 2), ("b", 1000), ("c", 3)], frame, box, np.arange(1, 6), rng.random(5).round(4))
+    path = os.path.join(TMP, "d.csv")
+    ava.write_detections(path, rows._replace(keys=[("ab", 2), *rows.keys[1:]]))
+    assert open(path).read().startswith("ab,0002,")
+    for got in (ava.read_detections(path), ava.read_rows(path, "detections")):
+        assert got.keys == [("ab", 2), ("b", 1000), ("c", 3)]
+        assert all(np.array_equal(x, y) for x, y in zip(got[1:], rows[1:]))
+    odd = ava_file("odd.csv", "video,sec,x1,y1,x2,y2,id,score\nb, 1000, 0,0,1,1, 3,0.5\nd,4,0,0,1,1,3,0.5\n")
+    two = ava.merge_rows([ava.read_detections(path), ava.read_detections(odd)], [path, odd], "detections")
+    assert two.keys[-1] == ("d", 4) and len(two.frame) == 6 and two.frame[-1] == 3
+    with raises("odd.csv", "another file too", "('b', 1000)"):
+        ava.merge_rows([got, ava.read_detections(odd)], [path, odd], "truth")
+
+
+def slow_frame_map(truth, found, classes, excluded, protocol):
+    """Loop-by-loop frame mAP of lists (key, box, class[, score]); truth's box None: an empty frame -> mAP, {class: AP}.
+    """
+    found = [d for d in found if d[2] in classes]
+    if protocol == "activitynet":
+        listed, kept = {key for key, *_ in truth}, []
+        for key in {d[0] for d in found} & listed:
+            rows = [(i, d) for i, d in enumerate(found) if d[0] == key]
+            kept += sorted(rows, key=lambda row: -row[1][3])[:50]
+        found = [d for _, d in sorted(kept, key=lambda row: row[0])]
+    full = lambda b: b is not None and b[2] > b[0] and b[3] > b[1]
+    aps = {}
+    for c in classes:
+        gt = {}
+        for key, box, label in truth:
+            if label == c and key not in excluded and full(box):
+                gt.setdefault(key, []).append(box)
+        used, flags = set(), []
+        for d in sorted((d for d in found if d[2] == c and d[0] not in excluded and full(d[1])), key=lambda d: -d[3]):
+            best, place = -1, None
+            for j, g in enumerate(gt.get(d[0], [])):
+                w, h = min(d[1][2], g[2]) - max(d[1][0], g[0]), min(d[1][3], g[3]) - max(d[1][1], g[1])
+                inter = max(w, 0) * max(h, 0)
+                area = lambda b: (b[2] - b[0]) * (b[3] - b[1])
+                if inter / (area(d[1]) + area(g) - inter) > best:
+                    best, place = inter / (area(d[1]) + area(g) - inter), (d[0], j)
+            flags.append(best >= 0.5 and place not in used)
+            used |= {place} if flags[-1] else set()
+        total = sum(map(len, gt.values()))
+        recall, precision = [0.0], [0.0]
+        for n in range(1, len(flags) + 1):
+            recall.append(sum(flags[:n]) / total if total else 0)
+            precision.append(sum(flags[:n]) / n)
+        area = sum((recall[i] - recall[i - 1]) * max(precision[i:]) for i in range(1, len(recall)))
+        aps[c] = area if total else math.nan
+    valid = [a for a in aps.values() if not math.isnan(a)]
+    return sum(valid) / len(valid) if valid else math.nan, aps
+
+
+def as_rows(entries):
+    """[(key, box or None, class[, score])] -> Rows."""
+    keys = {}
+    rows = [(keys.setdefault(key, len(keys)), box, *rest) for key, box, *rest in entries]
+    rows = [row for row in rows if row[1] is not None]
+    column = lambda i, kind: np.array([row[i] if len(row) > i else 1 for row in rows], kind)
+    return ava.Rows(list(keys), column(0, int), column(1, float).reshape(-1, 4), column(2, int), column(3, float))
+
+
+@test
+def test_frame_map_by_hand():
+    """Hand-computed AP: a right, a wrong, a duplicate detection; no second choice; empty frames; classes without truth.
+    """
+    a, b, far = (0, 0, 0.4, 0.4), (0.1, 0, 0.5, 0.4), (0.6, 0.6, 0.9, 0.9)
+    k, m = ("v", 1), ("v", 2)
+    score = lambda truth, found, **kw: ava.frame_map(as_rows(truth), as_rows(found), [1, 2], **kw)["ap"][1]
+    truth = [(k, a, 1), (k, far, 1)]
+    assert score(truth, [(k, a, 1, 0.9), (k, a, 1, 0.8), (k, far, 1, 0.7)]) == 0.5 * 1 + 0.5 * 2 / 3
+    assert score(truth, [(k, far, 1, 0.9)]) == 0.5 and score(truth, []) == 0
+    # both look at `a` first, which the higher-scored takes: the other does not turn to `b`, which it overlaps by .6
+    assert score([(k, a, 1), (k, b, 1)], [(k, a, 1, 0.9), (k, a, 1, 0.8)]) == 0.5
+    wrong_first = [(m, a, 1, 0.9), (k, a, 1, 0.8)]  # a frame without true boxes
+    assert score(truth[:1], wrong_first) == 0.5
+    assert score(truth[:1], wrong_first, protocol="activitynet") == 1
+    assert score([*truth[:1], (m, None, 0)], wrong_first, protocol="activitynet") == 0.5
+    assert score(truth[:1], wrong_first, excluded={m}) == 1 and math.isnan(score([(k, (0, 0, 0, 1), 1)], []))
+    many = [(k, far, 1, 0.9 - i / 1000) for i in range(50)] + [(k, a, 1, 0.1)]
+    assert score(truth[:1], many, protocol="activitynet") == 0 and score(truth[:1], many) == 1 / 51
+    result = ava.frame_map(as_rows(truth), as_rows([(k, a, 1, 0.9)]), [1, 2])
+    assert math.isnan(result["ap"][2]) and result["map"] == 0.5 and result["count"] == {1: 2, 2: 0}
+
+
+@test
+def test_frame_map_equals_a_slow_scorer():
+    """250 random cases, both protocols: ties, duplicates, several detections on one box, empty and excluded frames."""
+    for case in range(250):
+        r = random.Random(case)
+        keys = [(f"v{i % 2}", i) for i in range(r.randint(1, 6))]
+        extra = [*keys, ("v9", 1), ("v0", 99)]
+
+        def box():
+            x, y = r.choice((0, 0.1, 0.2)), r.choice((0, 0.1, 0.2))
+            return x, y, x + r.choice((0.2, 0.3, 0.4)), y + (0 if r.random() < 0.1 else r.choice((0.2, 0.3, 0.4)))
+        truth = [(k, box(), r.randint(1, 6)) for k in keys for _ in range(r.randint(1, 6))] + [(keys[0], None, 0)]
+        truth += [(("v1", 50), None, 0)]
+        found = [(r.choice(extra), box(), r.randint(1, 6), r.choice((0.1, 0.5, 0.5, r.random())))
+                 for _ in range(r.choice((0, 5, 40, 200)))]
+        classes, excluded = r.sample(range(1, 7), r.randint(1, 5)), {r.choice(extra)} if case % 3 == 0 else set()
+        for protocol in ("paper", "activitynet"):
+            mine = ava.frame_map(as_rows(truth), as_rows(found), classes, excluded, protocol)
+            mean, aps = slow_frame_map(truth, found, classes, excluded, protocol)
+            pairs = [(mine["map"], mean), *((mine["ap"][c], aps[c]) for c in classes)]
+            assert all(math.isnan(x) and math.isnan(y) or abs(x - y) < 1e-12 for x, y in pairs), (case, protocol, pairs)
+
+
+@test
+def test_movie_reader_is_frame_exact():
+    """Frames by time are those of a full index, on every kind of file; at 24, 25, 29.97 and 60 fps by number."""
+    rng = np.random.default_rng(0)
+    for kind, path in odd_files().items():
+        with data.VideoReader(path) as video:
+            times = video.times - video.times[0]
+            windows = [times[-1] * rng.random() + np.arange(5) * 0.07 for _ in range(4)] + [times[::3], times[:2] - 5]
+            wanted = [data.nearest(times, w) for w in windows[:-1]] + [np.zeros(2, int)]
+        for window, index in zip(windows, wanted):
+            with data.MovieReader(path) as movie:
+                if window.max() < -3:
+                    with raises(path, "before its start"):
+                        movie.at(window)
+                    continue
+                frames, where = movie.at(window)
+                assert (numbers(frames)[where] == index).all(), (kind, window, index, numbers(frames)[where])
+    for rate in (Fraction(24), Fraction(25), Fraction(30000, 1001), Fraction(60)):
+        pts = np.round(np.arange(250) * 1000 / float(rate) + 7000).astype(int)  # starts at 7 s
+        path = write(f"clock{float(rate):.0f}.mkv", numbered(250), pts=pts, bf=3, g=48)
+        for second in (0, 1, 2, 3, 4):
+            t = second + ava.clip_seconds(16, 4, 25)
+            index = [min(range(250), key=lambda i: (abs((pts[i] - 7000) / 1000 - max(x, 0)), i)) for x in t]
+            with data.MovieReader(path) as movie:
+                assert movie.order is None  # no full index: a seek
+                frames, where = movie.at(t)
+            assert (numbers(frames)[where] == index).all() and len(frames) == len(set(index)), (rate, second)
+    with data.MovieReader(path) as movie, raises(path, "ends at 4.15 s", "from 8.00 s"):
+        movie.at(np.array([8.0, 9.0]))
+
+
+@test
+def test_key_frames_and_clips():
+    """Window -31 + 4k at 25 fps; rows of one box are one target; jitter, crop and flip move boxes with their pixels."""
+    assert (ava.clip_seconds(16, 4, 25) * 25).round(9).tolist() == list(range(-31, 30, 4))
+    path = write("ava_clip.mp4", numbered(60, 64, 96), bf=2, g=12)
+    b, c = (0.1, 0.1, 0.5, 0.9), (0.5, 0.2, 0.9, 0.8)
+    rows = as_rows([(("m", 1), b, 3), (("m", 1), c, 5), (("m", 1), b, 9), (("m", 1), (0.2, 0.2, 0.2, 0.9), 3),
+                    (("gone", 1), b, 3), (("m", 2), c, 4)])
+    frame, = ava.key_frames(rows, {"m": path}, [3, 5, 9])
+    assert np.allclose(frame.boxes, [b, c]) and frame.labels.tolist() == [[1, 0, 1], [0, 1, 0]] and frame.second == 1
+    twice = as_rows([(("m", 1), b, 0, 0.8), (("m", 1), b, 0, 0.9)])
+    assert ava.key_frames(twice, {"m": path}, None)[0].scores.tolist() == [np.float32(0.9)]
+    moved = [ava.jitter_boxes(np.random.default_rng(s), np.array([[10.0, 20, 30, 60]]))[0] for s in range(2000)]
+    low, high = np.min(moved, 0), np.max(moved, 0)  # width 20, height 40
+    assert np.allclose(low, [6, 16, 28, 58], atol=0.1) and np.allclose(high, [12, 22, 34, 64], atol=0.1)
+    cut, kept = ava.crop_boxes(np.array([[0, 0, 10, 10], [20, 5, 40, 50], [9, 0, 10.5, 30]]), 5, 10, 20, 20)
+    assert cut.tolist() == [[0, 0, 0, 5], [10, 0, 20, 20], [0, 0, 0.5, 20]] and kept.tolist() == [False, True, False]
+    make = lambda **kw: ava.TrainFrames([frame], ava.clip_seconds(4, 2, 25), (64, 64), 64, seed=1, **kw)
+    seen = set()
+    for epoch in range(12):
+        (clip, boxes, labels, count, shift), _ = make(jitter=False)[epoch, 0]
+        assert clip.shape == (1, 4, 64, 64, 3) and count.item() == len(boxes) == len(labels)
+        assert (boxes[:, 2:] - boxes[:, :2] >= 1).all() and 0 <= boxes.min() and boxes.max() <= 64
+        assert (shift.abs() <= torch.tensor([10 / 180, 26 / 255, 26 / 255])).all()
+        with data.MovieReader(path) as movie:
+            whole = torch.from_numpy(movie.at(1 + ava.clip_seconds(4, 2, 25))[0])
+        for flipped in (False, True):
+            for left in range(33):
+                part = whole[:, :, left:left + 64]
+                if torch.equal(part.flip(2) if flipped else part, clip[0]):
+                    want = np.clip(frame.boxes * [96, 64, 96, 64] - [left, 0, left, 0], 0, 64)
+                    want = want[:, [2, 1, 0, 3]] * [-1, 1, -1, 1] + [64, 0, 64, 0] if flipped else want
+                    assert np.allclose(boxes, want[: len(boxes)], atol=1e-4), (flipped, left, boxes, want)
+                    seen.add(flipped)
+    assert seen == {False, True}
+    narrow = frame._replace(boxes=np.array([[0.98, 0.1, 1, 0.9]], np.float32), labels=frame.labels[:1])
+    for epoch in range(5):  # a box that most windows miss is never lost
+        assert len(ava.TrainFrames([narrow], np.zeros(4), (16, 16), 64, jitter=False)[epoch, 0][0][1]) == 1
+    far = ava.TrainFrames([frame._replace(second=902), frame], np.zeros(4), (64, 64), 64)
+    (clip, *_), bad = far[0, 0]
+    assert len(bad) >= 1 and "ends at 2.36 s" in bad[0][1] and "902.00 s" in bad[0][1]
+    many = [frame._replace(second=s) for s in (0, 1, 2, 9, 902)]
+    videos = ava.TestFrames(many, ava.clip_seconds(4, 2, 25), 32)
+    assert videos.groups == [[0, 1, 2], [3], [4]]
+    ((group, pixels, where),), failed = videos[0]
+    assert group == [0, 1, 2] and where.shape == (3, 4) and pixels.shape[1:] == (32, 48, 3) and not failed
+    assert videos[2] == ([], {4: f"{path}: ends at 2.36 s, frames from 901.88 s on were asked for"})
+
+
+@test
+def test_hsv_shift():
+    """Hue, saturation and value move as colorsys has it, clipped; no shift changes nothing."""
+    import colorsys
+    video = torch.rand(2, 1, 5, 6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    video[0, 0, 0, 0], video[0, 0, 0, 1] = 0.5, 0.0  # grey, black
+    assert (augment.hsv_shift(video, torch.zeros(2, 3)) - video).abs().max() < 1e-6
+    shift = torch.tensor([[0.05, 0.1, -0.1], [-0.04, -0.1, 0.1]])
+    out = augment.hsv_shift(video, shift)
+    for pixel, got, (dh, ds, dv) in zip(video.flatten(1, 3).flatten(0, 1), out.flatten(1, 3).flatten(0, 1),
+                                        shift.repeat_interleave(30, 0).tolist()):
+        h, s, v = colorsys.rgb_to_hsv(*pixel.tolist())
+        if s > 0:  # the hue of grey is arbitrary
+            want = colorsys.hsv_to_rgb((h + dh) % 1, min(max(s + ds, 0), 1), min(max(v + dv, 0), 1))
+            assert np.allclose(got, want, atol=1e-6), (pixel, got, want)
+
+
+# ---------------------------------------------------------------- detect_ava.py
+
+def slow_roi_align(feature, box, scale, bins, aligned):
+    """Loop-by-loop RoIAlign of one box, feature (D, h, w) float64 -> (D, bins, bins)."""
+    (D, h, w), shift = feature.shape, 0.5 if aligned else 0.0
+    x1, y1, x2, y2 = (v * scale - shift for v in box)
+    width, height = (x2 - x1, y2 - y1) if aligned else (max(x2 - x1, 1), max(y2 - y1, 1))
+    rows, columns = math.ceil(height / bins), math.ceil(width / bins)
+    out = torch.zeros(D, bins, bins, dtype=torch.float64)
+    for i, j in itertools.product(range(bins), range(bins)):
+        for a, b in itertools.product(range(rows), range(columns)):
+            y = y1 + (i + (a + 0.5) / rows) * height / bins
+            x = x1 + (j + (b + 0.5) / columns) * width / bins
+            if -1 <= y <= h and -1 <= x <= w:
+                y, x = min(max(y, 0), h - 1), min(max(x, 0), w - 1)
+                top, left = int(y), int(x)
+                for dy, dx in itertools.product((0, 1), (0, 1)):
+                    weight = (y - top if dy else 1 - y + top) * (x - left if dx else 1 - x + left)
+                    out[:, i, j] += weight * feature[:, min(top + dy, h - 1), min(left + dx, w - 1)] / (rows * columns)
+    return out
+
+
+@test
+def test_roi_align():
+    """RoIAlign equals the slow loop in float64, boxes over, at and outside the borders and without area included."""
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(3, 4, 9, 12, dtype=torch.float64, generator=g)
+    low = torch.rand(30, 2, generator=g) * 200 - 50
+    boxes = torch.cat([low, low + torch.rand(30, 2, generator=g) ** 2 * 220], 1).double()
+    boxes[:4] = torch.tensor([[10, 10, 10, 10], [-60, -60, -30, -30], [0, 0, 192, 144], [191, 100, 250, 144]])
+    index = torch.randint(0, 3, (30,), generator=g)
+    for aligned in (False, True):
+        got = detect_ava.roi_align(features, boxes, index, 1 / 16, 7, aligned)
+        want = torch.stack([slow_roi_align(features[i], b.tolist(), 1 / 16, 7, aligned) for i, b in zip(index, boxes)])
+        assert (got - want).abs().max() < 1e-12 and want.abs().max() > 1
+    leaf = features[:, :2].clone().requires_grad_()
+    some = lambda f: detect_ava.roi_align(f, boxes[:6], index[:6], 1 / 16, 2)
+    assert torch.autograd.gradcheck(some, leaf)
+
+
+def detector(**kw):
+    """A tiny Detector with random biases and norms."""
+    torch.manual_seed(0)
+    model = detect_ava.Detector(5, **(dict(size="tiny", num_frames=4, img_size=(32, 48), patch_size=8) | kw)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+@test
+def test_detector_forward():
+    """Logits equal slow pooling of the encoder's tokens; other frame sizes resize positions; padding is the mean."""
+    model = detector()
+    video, boxes = clips(model), torch.tensor([[0, 0, 48, 32], [5, 3, 30, 20], [40, 20, 60, 40.0]])
+    index = torch.tensor([0, 1, 1])
+    with torch.no_grad():
+        got = model(video, boxes, index)
+        tokens = model.norm(Encoder.forward(model, video)).double()
+        maps = tokens.view(2, 2, 4, 6, -1).mean(1).permute(0, 3, 1, 2)
+        pooled = torch.stack([slow_roi_align(maps[i], b.tolist(), 1 / 8, 7, False).amax((1, 2)) for i, b in
+                              zip(index, boxes)])
+        assert (got - model.cls_score(pooled.float())).abs().max() < 1e-5
+        bigger = model(clips(detector(img_size=(40, 64))), boxes, index)
+        assert model.grid == (2, 5, 8) and torch.equal(model.pos, position_table((2, 5, 8), 128, (2, 4, 6)))
+        assert torch.equal(model(video, boxes, index), got) and bigger.shape == got.shape  # and back again
+    small_video = torch.randint(0, 256, (1, 4, 30, 41, 3), dtype=torch.uint8)
+    padded = detect_ava.pad_frames(small_video, 8, model.config["mean"])
+    assert padded.shape == (1, 4, 32, 48, 3) and torch.equal(padded[:, :, :30, :41], small_video / 255)
+    normalised = (padded - torch.tensor(model.config["mean"])) / torch.tensor(model.config["std"])
+    assert normalised[:, :, 30:].abs().max() == 0 == normalised[:, :, :, 41:].abs().max()
+    assert detect_ava.pad_frames(video, 8, model.config["mean"]) is video
+
+
+@test
+def test_detection_weights():
+    """Pre-trained weights bring their final norm, fine-tuned ones and other heads none; the public layout loads whole.
+    """
+    source = small(img_size=(32, 48))
+    path = saved("ava_pre.pt", dict(model=source.state_dict(), config=source.config, classes=None, args={}))
+    model = detector()
+    weights.load_pretrained(model, path, verbose=False)
+    assert torch.equal(model.norm.weight, source.encoder.norm.weight)
+    assert torch.equal(model.blocks[3].mlp.fc2.weight, source.encoder.blocks[3].mlp.fc2.weight)
+    tuned = VideoClassifier(5, size="tiny", num_frames=4, img_size=(32, 48), patch_size=8)
+    path = saved("ava_tuned.pt", dict(model=tuned.state_dict(), config=tuned.config, classes=None, args={}))
+    report = weights.load_pretrained(detector(), path, verbose=False)
+    assert {"norm.weight", "norm.bias", "cls_score.weight", "cls_score.bias"} == set(report["new"])
+    model = detector(num_frames=16, img_size=224, patch_size=16, mean=detect_ava.NORMS["reference"][0],
+                     std=detect_ava.NORMS["reference"][1])
+    public = {("backbone." if not k.startswith("cls") else "roi_heads.action.predictor.") + k: v
+              for k, v in model.state_dict().items()}
+    path = saved("ava_public.pth", dict(model=public))
+    names = {i: f"class {i}" for i in range(1, 6)}
+    loaded, got, about = detect_ava.load_detector(path, names, "reference")
+    assert difference(loaded.state_dict(), model.state_dict()) == 0 and got == names and about == {}
+    video, boxes, index = clips(model, 1), torch.tensor([[3.0, 3, 100, 150]]), torch.tensor([0])
+    with torch.no_grad():
+        assert torch.equal(loaded(video, boxes, index), model(video, boxes, index))
+        other = detect_ava.load_detector(path, names)[0]
+        assert not torch.equal(other(video, boxes, index), model(video, boxes, index))  # ImageNet's mean and std
+    for names, words in ((None, "--label_map"), ({1: "a"}, "not 1")):
+        with raises(path, "5 outputs", words):
+            detect_ava.load_detector(path, names)
+    with raises("no cls_score"):
+        detect_ava.load_detector(saved("ava_pre.pt", dict(model=source.state_dict(), config=source.config)), None)
+
+
+@functools.cache
+def tiny_ava():
+    """An AVA set of 4 movies of 5 s with two boxes a second -> its folder; movie d is cut off, e does not exist."""
+    root = os.path.join(TMP, "ava")
+    os.makedirs(os.path.join(root, "movies"))
+    rng = np.random.default_rng(0)
+    for k, name in enumerate("abcd"):
+        frames = rng.integers(0, 255, (60, 8, 12, 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2)
+        data.write_video(os.path.join(root, "movies", f"{name}.mp4"), frames, fps=12, g=12 + k, bf=2)
+    whole = open(os.path.join(root, "movies", "d.mp4"), "rb").read()
+    open(os.path.join(root, "movies", "d.mp4"), "wb").write(whole[:-2000])
+    rows = [(v, s, box, c) for v in "abcde" for s in range(1, 4)
+            for box, c in ((".1,.1,.5,.8", 1 + s % 2), (".4,.2,.9,.9", 3), (".4,.2,.9,.9", 1))]
+    for name, videos in (("train", "abc"), ("val", "abde")):
+        open(os.path.join(root, f"{name}.csv"), "w").writelines(
+            f"{v},{s:04d},{box},{c},7\n" for v, s, box, c in rows if v in videos)
+    return root
+
+
+DETECT = ["--size", "tiny", "--num_frames", 4, "--img_size", 24, "--short_side", 32, "--patch_size", 8,
+          "--sampling_rate", 3, "--dtype", "fp32", "--batch_size", 4, "--max_steps", 6, "--lr", 0.05, "--log_every", 1,
+          "--device", "cpu", "--max_bad", 1]
+
+
+def ava_run(name, *args, **kw):
+    """A detection run of a few steps -> its output, its checkpoint (None: none), the lines of its detections."""
+    root, out = tiny_ava(), os.path.join(TMP, name)
+    text = run("detect_ava.py", *DETECT, "--data", f"{root}/train.csv", "--val_data", f"{root}/val.csv", "--data_root",
+               f"{root}/movies", "--out_dir", out, *args, **kw)
+    last, csv_file = os.path.join(out, "last.pt"), os.path.join(out, "detections.csv")
+    return (text, torch.load(last, weights_only=True) if os.path.exists(last) else None,
+            open(csv_file).read() if os.path.exists(csv_file) else None)
+
+
+@test
+def test_detection_killed_resumed_and_on_ranks():
+    """SIGKILL and resume: the same weights (drop path, jitter on). 2 ranks: the same weights (2e-5) and detections."""
+    args = ["--drop_path", 0.3]
+    _, whole, lines = ava_run("ava_whole", *args, "--num_workers", 0)
+    stop_at, root, name = random.randint(3, 5), tiny_ava(), os.path.join(TMP, "ava_killed")
+    process = start("detect_ava.py", *DETECT, "--data", f"{root}/train.csv", "--val_data", f"{root}/val.csv",
+                    "--data_root", f"{root}/movies", "--out_dir", name, *args, "--save_every", 2, "--num_workers", 2)
+    for line in process.stdout:
+        if line.startswith(f"step {stop_at}/"):
+            kill_tree(process.pid)
+            break
+    process.communicate()
+    text, again, resumed_lines = ava_run("ava_killed", *args, "--num_workers", 1)
+    assert "resumed" in text and difference(whole["model"], again["model"]) == 0 and lines == resumed_lines
+    plain = ["--drop_path", 0, "--num_workers", 0]
+    _, one, _ = ava_run("ava_one", *plain)
+    _, two, _ = ava_run("ava_two", *plain, "--batch_size", 2, ranks=2)
+    assert difference(one["model"], two["model"]) < 2e-5
+    losses = [[json.loads(r).get("loss") for r in open(os.path.join(TMP, name, "log.jsonl"))]
+              for name in ("ava_one", "ava_two")]
+    assert all(a == b or abs(a - b) < 1e-5 for a, b in zip(*losses))
+    test_args = ["--ckpt", os.path.join(TMP, "ava_one", "last.pt"), "--val_data", f"{root}/val.csv", "--data_root",
+                 f"{root}/movies", "--dtype", "fp32", "--device", "cpu", "--num_workers", 0]
+    found = []
+    for ranks in (None, 2):
+        out = os.path.join(TMP, f"ava_test_{ranks}")
+        text = run("detect_ava.py", *test_args, "--out_dir", out, ranks=ranks, ok=False)  # some key frames fail
+        assert "1 of 4 movies are not in" in text and "3 of 9 key frames could not be read" in text, text
+        found.append(open(os.path.join(out, "detections.csv")).read())
+    assert found[0] == found[1] and len({tuple(r.split(",")[:2]) for r in found[0].splitlines()}) >= 6
+    score = call(detect_ava, "--score", os.path.join(out, "detections.csv"), "--val_data", f"{root}/val.csv")
+    assert re.search(r"frame mAP at IoU 0.5: (\S+)", score)[1] == re.search(r"frame mAP at IoU 0.5: (\S+)", text)[1]
+
+
+@test
+def test_own_movie():
+    """--video writes a CSV in AVA's format and the whole movie with boxes drawn, from boxes or the full frame."""
+    root, ckpt = tiny_ava(), saved("ava_own.pt", dict(
+        model=(m := detector(img_size=32)).state_dict(), config=m.config | dict(class_ids=[2, 4, 5, 8, 9]),
+        classes=list("vwxyz"), args=dict(sampling_rate=3, fps=12.0, short_side=32)))
+    base = ["--ckpt", ckpt, "--video", f"{root}/movies/a.mp4", "--dtype", "fp32", "--device", "cpu", "--num_workers", 0,
+            "--show", 0, "--out_dir", os.path.join(TMP, "own")]
+    text = call(detect_ava, *base, "--full_frame")
+    rows = [r.split(",") for r in open(os.path.join(TMP, "own", "a.csv")).read().splitlines()]
+    assert len(rows) == 5 * 5 and rows[0][:7] == ["a", "0000", "0", "0", "1", "1", "2"] and "60 frames" in text
+    boxes = ava_file("own.csv", "a,2,.25,.25,.75,.75,,.9\na,2,0,0,.2,.2,,.1\nb,2,0,0,1,1,,1\n")
+    call(detect_ava, *base, "--boxes", boxes)
+    rows = [r.split(",") for r in open(os.path.join(TMP, "own", "a.csv")).read().splitlines()]
+    assert [r[6] for r in rows] == ["2", "4", "5", "8", "9"] and all(0 < float(r[7]) <= 0.9 for r in rows)
+    paths = os.path.join(TMP, "own", "a.mp4"), f"{root}/movies/a.mp4"
+    with data.VideoReader(paths[0]) as drawn, data.VideoReader(paths[1]) as movie:
+        assert len(drawn) == 60 and np.allclose(drawn.times, movie.times, atol=1e-3)
+        frames, plain = drawn.frames([0, 24, 59]), movie.frames([0, 24, 59]).repeat(8, 1).repeat(8, 2)
+    change = (np.abs(frames.astype(int) - plain) > 60).mean((1, 2, 3))  # the share of values that differ much
+    assert frames.shape == plain.shape and change[1] > 0.005 > 1e-4 > max(change[0], change[2]), change
+    yellow = frames[1, 150:180, 96:97].reshape(-1, 3).mean(0)  # the left edge of the box
+    assert yellow[0] > 150 and yellow[1] > 130 and yellow[2] < 120, yellow
+
+
+@test
+def test_detection_mistakes():
+    """Impossible flags and files of detect_ava.py: named, with what is allowed, no traceback."""
+    root = tiny_ava()
+    base = [*DETECT, "--data", f"{root}/train.csv", "--val_data", f"{root}/val.csv", "--data_root", f"{root}/movies",
+            "--out_dir", os.path.join(TMP, "ava_mistake"), "--num_workers", 0]
+    pixels = ava_file("pixels.csv", "a,1,10,10,200,200,1,1\n")
+    one_class = ava_file("one.pbtxt", 'item {\n name: "x"\n id: 77\n}')
+    for args, words in ((["--data", pixels], ["pixels.csv row 1", "[0,1]"]), (["--data", "none.csv"], ["none.csv"]),
+                        (["--data_root", HERE], [HERE]), (["--batch_size", 40], ["9 key frames", "40"]),
+                        (["--label_map", one_class], ["no key frame"]), (["--video", "x.mp4"], ["needs --ckpt"]),
+                        (["--label_map", f"{root}/train.csv"], ["no classes"]), (["--freeze", 5], ["--freeze 5"]),
+                        (["--img_size", 20], ["img_size=20x20"]), (["--val_boxes", pixels], ["pixels.csv row 1"]),
+                        (["--ckpt", "x.pt", "--init", "y.pt"], ["only one"]), (["--movie_start", 900], ["before its"])):
+        text = mistake(detect_ava, *base, *args)
+        assert all(w in text for w in words), text
+    twice = mistake(detect_ava, "--score", pixels, "--val_data", f"{root}/val.csv", f"{root}/val.csv")
+    assert "annotated in another file too" in twice, twice
+
+
+@test
+def test_toy_movies():
+    """The toy AVA set is deterministic, in AVA's files, and boxes hold the figures; an odd folder is not touched."""
+    movie, rows = ava_toy = ava.toy_movie(np.random.default_rng([0, 0]))
+    assert movie.shape == (288, 64, 96, 3) and np.array_equal(movie, ava.toy_movie(np.random.default_rng([0, 0]))[0])
+    still = np.median(movie.astype(int), 0)
+    for second, (x1, y1, x2, y2), ids in ava_toy[1]:
+        assert len([c for c in ids if c < 5]) == 1 and second % 3 and 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1
+        frame = np.abs(movie[second * 12] - still).max(-1) > 60
+        if {2, 3} & set(ids):  # who walks differs from the background
+            assert frame[round(y1 * 64):round(y2 * 64), round(x1 * 96):round(x2 * 96)].mean() > 0.15
+    assert {c for _, _, ids in rows for c in ids} <= set(ava.TOY_NAMES)
+    os.makedirs(os.path.join(TMP, "odd_toy"))
+    with raises("odd_toy", "move it away"):
+        ava.make_toy(os.path.join(TMP, "odd_toy"))
+
+
 @test
 def test_every_flag_is_read():
     """No script has a flag that nothing reads, a type=bool, or an unsafe torch.load."""
-    for script in ("pretrain.py", "finetune.py", "eval.py", "data.py", "bench.py"):
+    for script in ("pretrain.py", "finetune.py", "eval.py", "detect_ava.py", "data.py", "bench.py"):
         text = open(os.path.join(HERE, script)).read()
         for flag in re.findall(r'add_argument\("(?:--)?(\w+)"', text):
             assert f"args.{flag}" in text or flag == "toy", f"{script}: {flag} is never read"
