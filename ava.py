@@ -257,7 +257,9 @@ def average_precision(right: np.ndarray, total: int) -> float:
 
 
 def frame_map(truth: Rows, found: Rows, class_ids, excluded=(), protocol: str = "paper") -> dict:
-    """-> {"map": mean AP over the classes with true boxes, "ap": {class id: AP in [0,1] or NaN}, "count": {id: boxes}}.
+    """-> {"map": mean AP over the classes with true boxes, "ap": {class id: AP in [0,1] or NaN}, "count": {id: boxes},
+
+    "flat": {id: AP}, "flat_map"}: flat is what the same boxes get with one score for all, ties taken as one step.
 
     Frame mAP at IoU .5 as in spec'd for AVA: classes and frames that do not count and boxes without area are dropped,
     then `true_positives`, then per class over all frames `average_precision`. Detections on frames without true boxes
@@ -290,9 +292,13 @@ def frame_map(truth: Rows, found: Rows, class_ids, excluded=(), protocol: str = 
     order = np.lexsort((-score, column))  # by class, then by score; stable
     ends = np.searchsorted(column[order], np.arange(len(classes) + 1))
     total = np.bincount(true_column, minlength=len(classes)).tolist()
-    ap = {c: average_precision(right[order[ends[k]:ends[k + 1]]], total[k]) for k, c in enumerate(classes.tolist())}
-    scored = [x for x in ap.values() if not math.isnan(x)]
-    return dict(map=float(np.mean(scored)) if scored else math.nan, ap=ap, count=dict(zip(classes.tolist(), total)))
+    ap, flat = {}, {}
+    for k, c in enumerate(classes.tolist()):
+        mine = right[order[ends[k]:ends[k + 1]]]
+        ap[c] = average_precision(mine, total[k])
+        flat[c] = float(mine.mean() * mine.sum() / total[k]) if total[k] and len(mine) else ap[c]
+    mean = lambda aps: float(np.mean([x for x in aps.values() if not math.isnan(x)] or [math.nan]))
+    return dict(map=mean(ap), ap=ap, count=dict(zip(classes.tolist(), total)), flat=flat, flat_map=mean(flat))
 
 
 def write_detections(path: str, found: Rows):

@@ -220,13 +220,13 @@ def to_rows(frames: list, probs: dict, class_ids: list) -> Rows:
 def report(truth: Rows, found: Rows, names: dict, excluded: set, protocol: str, say) -> dict:
     """Prints mAP and a per-class table, beside what the same rows would get with one score for all; -> frame_map."""
     result = frame_map(truth, found, list(names), excluded, protocol)
-    flat = frame_map(truth, found._replace(score=np.ones(len(found.score))), list(names), excluded, protocol)
     say(f"{'class':36s} boxes     AP  constant score")
     for c in sorted(names, key=lambda c: (math.isnan(result["ap"][c]), -np.nan_to_num(result["ap"][c]))):
         if result["count"][c]:
-            say(f"{names[c][:36]:36s} {result['count'][c]:5d} {100 * result['ap'][c]:6.2f} {100 * flat['ap'][c]:7.2f}")
+            say(f"{names[c][:36]:36s} {result['count'][c]:5d} {100 * result['ap'][c]:6.2f} "
+                f"{100 * result['flat'][c]:7.2f}")
     absent = sum(n == 0 for n in result["count"].values())
-    say(f"frame mAP at IoU 0.5: {100 * result['map']:.2f} (constant score: {100 * flat['map']:.2f}), mean of "
+    say(f"frame mAP at IoU 0.5: {100 * result['map']:.2f} (constant score: {100 * result['flat_map']:.2f}), mean of "
         f"{len(names) - absent} classes" + (f"; {absent} have no true box" if absent else "")
         + (", ActivityNet's protocol" if protocol == "activitynet" else ""))
     return result

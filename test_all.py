@@ -1758,6 +1758,9 @@ def test_ava_files():
         assert rows.keys == [("b", 902)] and np.allclose(rows.box, want)
     movies = ava_file("movies.txt", "a.mkv\nb.mp4\n")
     assert np.allclose(ava.read_boxes(aia, movies, lambda video: (720, 960)).box, [[64 / 480, 48 / 360, 0.8, 0.8]])
+    with raises("aia.json entry 1", "image 10902 is not in"):
+        ava.read_boxes(aia, ava_file("images.json", json.dumps(dict(images=[dict(id=1, movie="b", timestamp=9, width=6,
+                                                                                 height=4)]))), None)
     with raises("aia.json entry 1", "--movie_list"):
         ava.read_boxes(aia, movies, lambda video: (100, 100))
 
@@ -1842,6 +1845,8 @@ def test_frame_map_by_hand():
     assert score(truth, [(k, far, 1, 0.9)]) == 0.5 and score(truth, []) == 0
     # both look at `a` first, which the higher-scored takes: the other does not turn to `b`, which it overlaps by .6
     assert score([(k, a, 1), (k, b, 1)], [(k, a, 1, 0.9), (k, a, 1, 0.8)]) == 0.5
+    left, between, right = (0, 0, 0.5, 0.5), (0.125, 0, 0.625, 0.5), (0.25, 0, 0.75, 0.5)  # the same IoU: the first
+    assert score([(k, left, 1), (k, right, 1)], [(k, between, 1, 0.9), (k, left, 1, 0.8)]) == 0.5
     wrong_first = [(m, a, 1, 0.9), (k, a, 1, 0.8)]  # a frame without true boxes
     assert score(truth[:1], wrong_first) == 0.5
     assert score(truth[:1], wrong_first, protocol="activitynet") == 1
@@ -1851,6 +1856,10 @@ def test_frame_map_by_hand():
     assert score(truth[:1], many, protocol="activitynet") == 0 and score(truth[:1], many) == 1 / 51
     result = ava.frame_map(as_rows(truth), as_rows([(k, a, 1, 0.9)]), [1, 2])
     assert math.isnan(result["ap"][2]) and result["map"] == 0.5 and result["count"] == {1: 2, 2: 0}
+    for order in (1, -1):  # one score for all: precision 2/3 at recall 1, in whatever order
+        rows = [(k, a, 1, 0.9), (m, a, 1, 0.5), (k, far, 1, 0.2)][::order]
+        result = ava.frame_map(as_rows(truth), as_rows(rows), [1, 2])
+        assert abs(result["flat"][1] - 2 / 3) < 1e-12 and result["flat_map"] == result["flat"][1] != result["map"]
 
 
 @test
@@ -2061,6 +2070,10 @@ def test_detection_weights():
     path = saved("ava_tuned.pt", dict(model=tuned.state_dict(), config=tuned.config, classes=None, args={}))
     report = weights.load_pretrained(detector(), path, verbose=False)
     assert {"norm.weight", "norm.bias", "cls_score.weight", "cls_score.bias"} == set(report["new"])
+    other = detect_ava.Detector(3, size="tiny", num_frames=4, img_size=(32, 48), patch_size=8)
+    path = saved("ava_other.pt", dict(model=other.state_dict(), config=other.config, classes=None, args={}))
+    report = weights.load_pretrained(detector(), path, verbose=False)
+    assert set(report["new"]) == {"cls_score.weight", "cls_score.bias"} == set(report["skipped"])
     model = detector(num_frames=16, img_size=224, patch_size=16, mean=detect_ava.NORMS["reference"][0],
                      std=detect_ava.NORMS["reference"][1])
     public = {("backbone." if not k.startswith("cls") else "roi_heads.action.predictor.") + k: v
@@ -2093,7 +2106,7 @@ def tiny_ava():
     whole = open(os.path.join(root, "movies", "d.mp4"), "rb").read()
     open(os.path.join(root, "movies", "d.mp4"), "wb").write(whole[:-2000])
     rows = [(v, s, box, c) for v in "abcde" for s in range(1, 4)
-            for box, c in ((".1,.1,.5,.8", 1 + s % 2), (".4,.2,.9,.9", 3), (".4,.2,.9,.9", 1))]
+            for box, c in ((".1,.1,.5,.8", 1 + s % 2), (".4,.2,.9,.9", 3), (".4,.2,.9,.9", 1))[:1 if s == 3 else 3]]
     for name, videos in (("train", "abc"), ("val", "abde")):
         open(os.path.join(root, f"{name}.csv"), "w").writelines(
             f"{v},{s:04d},{box},{c},7\n" for v, s, box, c in rows if v in videos)
@@ -2166,6 +2179,9 @@ def test_own_movie():
     rows = [r.split(",") for r in open(os.path.join(TMP, "own", "a.csv")).read().splitlines()]
     assert [r[6] for r in rows] == ["2", "4", "5", "8", "9"] and all(0 < float(r[7]) <= 0.9 for r in rows)
     paths = os.path.join(TMP, "own", "a.mp4"), f"{root}/movies/a.mp4"
+    call(detect_ava, *base[:-1], os.path.join(TMP, "own2"), "--boxes", boxes, "--box_score", 0)
+    rows = [r.split(",") for r in open(os.path.join(TMP, "own2", "a.csv")).read().splitlines()]
+    assert [float(r[7]) <= 0.1 for r in rows] == [False] * 5 + [True] * 5  # scores hold the person detector's
     with data.VideoReader(paths[0]) as drawn, data.VideoReader(paths[1]) as movie:
         assert len(drawn) == 60 and np.allclose(drawn.times, movie.times, atol=1e-3)
         frames, plain = drawn.frames([0, 24, 59]), movie.frames([0, 24, 59]).repeat(8, 1).repeat(8, 2)
