@@ -240,7 +240,7 @@ COLORS = [(255, 230, 0), (0, 230, 255), (255, 90, 200), (120, 255, 90), (255, 15
 def draw_boxes(image: np.ndarray, boxes, captions: list):
     """Draws boxes (n, 4) in [0,1] and the lines of text of each, above it if there is room, into (H, W, 3) uint8."""
     h, w = image.shape[:2]
-    scale = max(1, min(h, w) // 240)
+    scale = max(1, min(h, w) // 160)
     for k, ((x1, y1, x2, y2), lines) in enumerate(zip(boxes, captions)):
         left, right = (int(np.clip(x, 0, w - 1)) for x in (x1 * w, x2 * w - 1))
         top, bottom = (int(np.clip(y, 0, h - 1)) for y in (y1 * h, y2 * h - 1))
@@ -269,7 +269,7 @@ def draw_movie(path: str, out: str, found: Rows, names: dict, show: float, movie
             if count >= len(video):
                 break
             image, t = video.convert(frame), video.times[count] - video.times[0]
-            zoom = -(-240 // min(image.shape[:2]))  # so that names are readable on small movies
+            zoom = -(-320 // min(image.shape[:2]))  # so that names are readable on small movies
             image = np.ascontiguousarray(image.repeat(zoom, 0).repeat(zoom, 1))
             nearest = int(abs(seconds - t).argmin()) if len(seconds) else -1
             if nearest >= 0 and abs(seconds[nearest] - t) <= 0.5:
