@@ -72,8 +72,10 @@ def read_rows(path: str, kind: str) -> Rows:
                 raise ValueError("coordinates are shares of the frame, in [0,1]")
             ids.append(0 if kind == "boxes" else int(row[6]))
             score.append(1.0 if kind == "truth" else float(row[-1]))
-            if not math.isfinite(score[-1]):
-                raise ValueError("the score is not finite")
+            if not math.isfinite(score[-1]) or kind == "boxes" and not 0 <= score[-1] <= 1:
+                raise ValueError(f"score {score[-1]:g}")
+            if kind == "truth" and len(row) == 8 and not re.fullmatch(r"-?\d*", row[7]):
+                raise ValueError(f"person {row[7]} is no integer")
         except ValueError as e:
             raise ValueError(f"{path} row {i}: {','.join(row)!r}: {e}; expected {expected}") from None
         frame.append(place)
@@ -168,6 +170,8 @@ def read_boxes(path: str, movie_list: str | None, size_of) -> Rows:
         for i, row in read_table(movie_list):
             names.append(os.path.splitext(row[0])[0] if row[0].lower().endswith(data.VIDEO_EXT) else row[0])
             if len(row) >= 3:
+                if not all(re.fullmatch(r"0*[1-9]\d*", x) for x in row[1:3]):
+                    raise ValueError(f"{movie_list} row {i}: {','.join(row)!r}: expected name or name,width,height")
                 sizes[names[-1]] = int(row[2]), int(row[1])
     keys, frame, box, score = {}, [], [], []
     for i, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
@@ -183,7 +187,7 @@ def read_boxes(path: str, movie_list: str | None, size_of) -> Rows:
         else:
             video, second = names[number // 10000], number % 10000
             if video not in sizes:
-                tall, wide = size_of(video)
+                tall, wide = size_of(video)  # of the movie itself
                 sizes[video] = data.short_side(tall, wide, 360) if min(tall, wide) > 360 else (tall, wide)
             height, width = sizes[video]
         corners = [x / width, y / height, (x + w) / width, (y + h) / height]

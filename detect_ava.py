@@ -480,6 +480,13 @@ def main():
         names = {c: str(c) for c in np.unique(np.concatenate([r.id for r in (train, truth) if r])).tolist()}
     class_ids = list(names)
     scored = read_label_map(args.score_map) if args.score_map else names
+    without = [f"{c} ({name})" for c, name in scored.items() if c not in names] if not args.score else []
+    if without:
+        raise ValueError(f"{args.score_map}: {len(without)} classes are not among the {len(names)} that the model has: "
+                         f"{', '.join(without[:5])}")
+    if truth and not np.isin(truth.id, list(scored)).any():
+        raise ValueError(f"{' '.join(val_files)}: no true box of a scored class; these are "
+                         f"{', '.join(f'{c} ({name})' for c, name in list(scored.items())[:5])}")
 
     def count_rows(rows, excluded, what):
         """Says what an annotation holds, and what of it is left out."""
@@ -500,8 +507,6 @@ def main():
         start = time.time()
         result = report(truth, found, scored, val_excluded, args.protocol, say)
         say(f"{len(found.frame)} detections in {len(found.keys)} frames, scored in {time.time() - start:.1f} s")
-        if math.isnan(result["map"]):
-            raise ValueError(f"{' '.join(val_files)}: no true box of a scored class")
         return 0
     os.makedirs(args.out_dir, exist_ok=True)
 
@@ -593,7 +598,13 @@ def main():
         val_boxes = args.val_boxes or ("toy_ava/val_boxes.csv" if toy else None)
         if val_boxes:
             movies = find_movies(data_root, {video for video, _ in truth.keys})
-            rows = read_boxes(val_boxes, args.movie_list, lambda video: movie_size(movies[video]))
+
+            def size_of(video):
+                if video not in movies:
+                    raise ValueError(f"{val_boxes}: the size of {video}'s frames is not known, its movie is not in "
+                                     f"{data_root}: write name,width,height in {args.movie_list}")
+                return movie_size(movies[video])
+            rows = read_boxes(val_boxes, args.movie_list, size_of)
             known = {video for video, _ in truth.keys}
             of_these = np.array([video in known for video, _ in rows.keys])[rows.frame]
             keep = of_these & (rows.score >= args.box_score)

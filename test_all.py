@@ -1746,10 +1746,11 @@ def test_ava_files():
     assert ava.read_label_map(ava_file("both.pbtxt", both)) == {1: "bend", 12: "stand"}
     for kind, row, words in (("truth", "m,1,0,0,1,1", ["6 columns"]), ("truth", "m,1.5,0,0,1,1,2,0", ["whole second"]),
                              ("truth", "m,1,0,0,640,480,2,0", ["[0,1]"]), ("boxes", "m,1,0,0,1,1,,x", ["score"]),
+                             ("truth", "m,1,0,0,1,1,3,0.98", ["person 0.98"]), ("boxes", "m,1,0,0,1,1,2", ["score 2"]),
                              ("detections", "m,1,0,0,1,1,3", ["7 columns", "action,score"]),
-                             ("detections", "m,1,0,0,1,1,3,nan", ["not finite"])):
+                             ("detections", "m,1,0,0,1,1,3,nan", ["score nan"])):
         with raises("wrong.csv row 2", row, *words):
-            ava.read_rows(ava_file("wrong.csv", "m,1,0,0,1,1,2,0.5\n" + row + "\n"), kind)
+            ava.read_rows(ava_file("wrong.csv", "m,1,0,0,1,1,2,1\n" + row + "\n"), kind)
     aia = ava_file("aia.json", json.dumps([dict(image_id=10902, bbox=[64, 48, 320, 240], score=0.9)]))
     want = [[0.1, 0.1, 0.6, 0.6]]
     for movies in (ava_file("movies.txt", "a.mkv,640,480\nb.mp4,640,480\n"), ava_file("images.json", json.dumps(
@@ -2201,7 +2202,7 @@ def test_detection_mistakes():
     one_class = ava_file("one.pbtxt", 'item {\n name: "x"\n id: 77\n}')
     for args, words in ((["--data", pixels], ["pixels.csv row 1", "[0,1]"]), (["--data", "none.csv"], ["none.csv"]),
                         (["--data_root", HERE], [HERE]), (["--batch_size", 40], ["9 key frames", "40"]),
-                        (["--label_map", one_class], ["no key frame"]), (["--video", "x.mp4"], ["needs --ckpt"]),
+                        (["--label_map", one_class], ["no true box", "77 (x)"]), (["--video", "x.mp4"], ["needs --ckpt"]),
                         (["--label_map", f"{root}/train.csv"], ["no classes"]), (["--freeze", 5], ["--freeze 5"]),
                         (["--img_size", 20], ["img_size=20x20"]), (["--val_boxes", pixels], ["pixels.csv row 1"]),
                         (["--ckpt", "x.pt", "--init", "y.pt"], ["only one"]), (["--movie_start", 900], ["before its"])):
