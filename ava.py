@@ -46,7 +46,8 @@ def parse_key(row: list, where: str) -> tuple[str, int]:
         if second != int(second):
             raise ValueError
     except (IndexError, ValueError, OverflowError):
-        raise ValueError(f"{where}: {','.join(row)!r}: expected `video,second,...` with a whole second") from None
+        raise ValueError(f"{where}: {','.join(row)!r}: expected `video,second,...`, commas or tabs between, "
+                         "a whole second") from None
     return row[0], int(second)
 
 
@@ -58,18 +59,21 @@ def read_rows(path: str, kind: str) -> Rows:
     """
     expected = "video,second,x1,y1,x2,y2," + dict(truth="action[,person]", detections="action,score",
                                                   boxes="[label,]score")[kind]
-    keys, frame, box, ids, score = {}, [], [], [], []
+    keys, frame, box, ids, score, whole = {}, [], [], [], [], True
     for i, row in read_table(path):
         key = parse_key(row, f"{path} row {i}")
         place = keys.setdefault(key, len(keys))
         if kind == "truth" and not any(row[2:]):
             continue
+        whole = whole and len(row) == 8 and bool(re.fullmatch(r"-?\d+", row[6]) and re.fullmatch(r"-?\d+", row[7]))
         try:
             if len(row) not in ((8,) if kind == "detections" else (7, 8)):
                 raise ValueError(f"{len(row)} columns")
             corners = [float(x) for x in row[2:6]]
             if not -0.1 <= min(corners) <= max(corners) <= 1.1:
                 raise ValueError("coordinates are shares of the frame, in [0,1]")
+            if kind != "boxes" and not re.fullmatch(r"-?\d+", row[6]):
+                raise ValueError(f"action {row[6]!r} is no number of the label map")
             ids.append(0 if kind == "boxes" else int(row[6]))
             score.append(1.0 if kind == "truth" else float(row[-1]))
             if not math.isfinite(score[-1]) or kind == "boxes" and not 0 <= score[-1] <= 1:
@@ -82,6 +86,9 @@ def read_rows(path: str, kind: str) -> Rows:
         box.append(corners)
     if not keys:
         raise ValueError(f"{path}: an empty file; expected rows {expected}")
+    if kind == "boxes" and whole:
+        raise ValueError(f"{path}: labels, and whole numbers in the last column: annotations, not person boxes? "
+                         "Those end in a score, like 0.97")
     return Rows(list(keys), np.array(frame, int), np.array(box, float).reshape(-1, 4), np.array(ids, int),
                 np.array(score, float))
 
@@ -91,9 +98,11 @@ def read_detections(path: str) -> Rows:
     try:
         with open(path, encoding="utf-8-sig") as f:
             width = max((line.find(",") for line in f), default=0)
+        if width <= 0:
+            return read_rows(path, "detections")
         table = np.loadtxt(path, delimiter=",", comments=None, ndmin=1, encoding="utf-8-sig", dtype=[
-            ("video", f"U{max(width, 1)}"), ("second", "f8"), ("box", "f8", 4), ("id", "i8"), ("score", "f8")])
-        plain = width > 0 and (table["second"] == table["second"].astype(int)).all() and np.isfinite(
+            ("video", f"U{width}"), ("second", "f8"), ("box", "f8", 4), ("id", "i8"), ("score", "f8")])
+        plain = (table["second"] == table["second"].astype(int)).all() and np.isfinite(
             table["score"]).all() and table["box"].min() >= -0.1 and table["box"].max() <= 1.1
     except ValueError:
         plain = False
@@ -103,6 +112,8 @@ def read_detections(path: str) -> Rows:
     new = np.ones(len(table), bool)
     new[1:] = (table["video"][1:] != table["video"][:-1]) | (table["second"][1:] != table["second"][:-1])
     keys, starts = {}, table[new]
+    if any(video != video.strip(' "') for video in starts["video"].tolist()):
+        return read_rows(path, "detections")
     runs = np.array([keys.setdefault((video, int(second)), len(keys)) for video, second in
                      zip(starts["video"].tolist(), starts["second"].tolist())])
     return Rows(list(keys), runs[np.cumsum(new) - 1], table["box"].copy(), table["id"].copy(), table["score"].copy())
@@ -117,7 +128,9 @@ def merge_rows(parts: list, paths: list, kind: str) -> Rows:
             raise ValueError(f"{path}: {len(twice)} frames are annotated in another file too, the first is "
                              f"{sorted(twice)[0]}")
         if twice:
-            print(f"{path}: {len(twice)} frames are in an earlier file too, the first is {sorted(twice)[0]}: ignored")
+            lost = sum(rows.keys[i] in twice for i in rows.frame.tolist())
+            print(f"{path}: {len(twice)} frames are in an earlier file too, the first is {sorted(twice)[0]}: ignored "
+                  f"here, with their {lost} rows")
         place = np.array([-1 if key in twice else keys.setdefault(key, len(keys)) for key in rows.keys])[rows.frame]
         out.append([x[place >= 0] for x in (place, *rows[2:])] if len(place) else [place, *rows[2:]])
     return Rows(list(keys), *map(np.concatenate, zip(*out)))
@@ -137,22 +150,23 @@ def read_label_map(path: str) -> dict:
     out = {}
     for block in re.findall(r"(?:item|label)\s*:?\s*\{(.*?)\}", text, re.DOTALL):
         number = re.search(r"\b(?:label_)?id\s*:\s*(\d+)", block)
-        name = re.search(r"\bname\s*:\s*([\"'])(.*?)\1", block)
+        name = re.search(r"\bname\s*:\s*([\"'])((?:\\.|(?!\1).)*)\1", block)
         if not number or not name or not 0 < int(number[1]) < 1 << 20 or int(number[1]) in out:
             raise ValueError(f"{path}: {' '.join(block.split())!r}: expected a name and an id (or label_id) from 1, "
                              "each id once")
-        out[int(number[1])] = name[2]
+        out[int(number[1])] = re.sub(r"\\(.)", r"\1", name[2])
     if not out:
         raise ValueError(f'{path}: no classes; expected a label map with entries item {{ name: "stand" id: 12 }}')
     return dict(sorted(out.items()))
 
 
-def read_boxes(path: str, movie_list: str | None, size_of) -> Rows:
+def read_boxes(path: str, movie_list: str | None, size_of, say=print) -> Rows:
     """Person boxes: a CSV, or AIA's JSON [{image_id, bbox [x, y, w, h] in pixels, score}].
 
     There image_id = 10000 * the movie's place in `movie_list` + second; that is a text file with a name per line
     (optionally `,width,height` of the pixels), or AIA's annotation JSON, whose "images" tell all this. Without sizes
-    size_of(video) -> (height, width) is asked, reduced to a short side of 360 as AIA's frames are.
+    size_of(video) -> (height, width) is asked, reduced to a short side of 360 as AIA's frames are; None: a movie whose
+    boxes are left out.
     """
     if not path.lower().endswith(".json"):
         return read_rows(path, "boxes")
@@ -164,6 +178,8 @@ def read_boxes(path: str, movie_list: str | None, size_of) -> Rows:
         if movie_list.lower().endswith(".json"):
             images = {x["id"]: (x["movie"], int(x["timestamp"]), x["height"], x["width"])
                       for x in json.load(open(movie_list, encoding="utf-8"))["images"]}
+            if not all(height > 0 and width > 0 for *_, height, width in images.values()):
+                raise ValueError("a height or width that is not above 0")
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}, {movie_list}: not JSON as AIA has it ({type(e).__name__}: {e})") from None
     if not images:
@@ -173,22 +189,27 @@ def read_boxes(path: str, movie_list: str | None, size_of) -> Rows:
                 if not all(re.fullmatch(r"0*[1-9]\d*", x) for x in row[1:3]):
                     raise ValueError(f"{movie_list} row {i}: {','.join(row)!r}: expected name or name,width,height")
                 sizes[names[-1]] = int(row[2]), int(row[1])
-    keys, frame, box, score = {}, [], [], []
+    keys, frame, box, score, left_out = {}, [], [], [], 0
     for i, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
         try:
             number, (x, y, w, h) = int(entry["image_id"]), map(float, entry["bbox"])
-            score.append(float(entry["score"]))
+            one_score = float(entry["score"])
+            if not 0 <= one_score <= 1:
+                raise ValueError
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{path} entry {i}: expected {{image_id, bbox [x, y, w, h], score}}") from None
-        if images and number not in images or not images and number // 10000 >= len(names):
+            raise ValueError(f"{path} entry {i}: expected {{image_id, bbox [x, y, w, h], score in [0,1]}}") from None
+        if images and number not in images or not images and not 0 <= number // 10000 < len(names):
             raise ValueError(f"{path} entry {i}: image {number} is not in {movie_list}")
         if images:
             video, second, height, width = images[number]
         else:
             video, second = names[number // 10000], number % 10000
             if video not in sizes:
-                tall, wide = size_of(video)  # of the movie itself
-                sizes[video] = data.short_side(tall, wide, 360) if min(tall, wide) > 360 else (tall, wide)
+                own = size_of(video)  # of the movie itself
+                sizes[video] = data.short_side(*own, 360) if own and min(own) > 360 else own
+            if sizes[video] is None:
+                left_out += 1
+                continue
             height, width = sizes[video]
         corners = [x / width, y / height, (x + w) / width, (y + h) / height]
         if not -0.1 <= min(corners) <= max(corners) <= 1.1:
@@ -196,6 +217,9 @@ def read_boxes(path: str, movie_list: str | None, size_of) -> Rows:
                              "the sizes in --movie_list, as name,width,height")
         frame.append(keys.setdefault((video, second), len(keys)))
         box.append(corners)
+        score.append(one_score)
+    if left_out:
+        say(f"{path}: {left_out} boxes of movies that are not tested on, or not there, are left out")
     if not keys:
         raise ValueError(f"{path}: no boxes")
     return Rows(list(keys), np.array(frame), np.array(box), np.zeros(len(frame), int), np.array(score))
@@ -336,7 +360,8 @@ def key_frames(rows: Rows, movies: dict, class_ids: list | None) -> list[KeyFram
     column = {c: i for i, c in enumerate(class_ids or ())}
     by_frame = {}
     for frame, box, c, score in zip(rows.frame.tolist(), rows.box.tolist(), rows.id.tolist(), rows.score.tolist()):
-        if (class_ids is None or c in column) and box[2] > box[0] and box[3] > box[1]:
+        inside = np.clip(box, 0, 1)
+        if (class_ids is None or c in column) and inside[2] > inside[0] and inside[3] > inside[1]:
             boxes = by_frame.setdefault(frame, {})
             labels, best = boxes.get(tuple(box), (set(), 0.0))
             boxes[tuple(box)] = labels | {column.get(c)}, max(best, score)
@@ -400,6 +425,8 @@ class TrainFrames(data.PretrainClips):
                 x, y = boxes[rng.integers(len(boxes))].reshape(2, 2).mean(0)
                 top, left = int(np.clip(y - H / 2, 0, h - H)), int(np.clip(x - W / 2, 0, w - W))
             cut, kept = crop_boxes(boxes, top, left, H, W)
+            if attempt == 10:
+                kept = (cut[:, 2:] > cut[:, :2]).all(1)  # boxes of less than a pixel
             if kept.any():
                 break
         clip, cut = torch.from_numpy(frames[:, top:top + H, left:left + W][where]), cut[kept]

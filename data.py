@@ -10,6 +10,7 @@ A clip is (T, H, W, C) uint8. A frame index counts presented frames from 0. What
 """
 
 import argparse
+import atexit
 import bisect
 import json
 import math
@@ -652,6 +653,15 @@ def ignore_signals(worker: int):
     """For data workers: a terminal and a job scheduler signal all processes; the main one decides, workers go on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_workers():
+    """At exit multiprocessing sends workers SIGTERM, which they ignore, and waits for them: they are killed before."""
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+atexit.register(end_workers)
 
 
 # ---- pictures out ----

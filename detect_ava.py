@@ -62,7 +62,7 @@ def bin_weights(low, high, size: int, bins: int, aligned: bool) -> torch.Tensor:
     length = length if aligned else length.clamp(min=1)
     wanted = (length / bins).ceil()[:, None, None]  # (R, 1, 1); none for an aligned box without length: all 0
     points = wanted.clamp(min=1)
-    i = torch.arange(int(points.max()), device=low.device)
+    i = torch.arange(int(points.max()) if len(points) else 1, device=low.device)
     bin_start = torch.arange(bins, device=low.device)[:, None]
     y = low[:, None, None] + (bin_start + (i + 0.5) / points) * (length / bins)[:, None, None]
     counts = (i < wanted) & (y >= -1) & (y <= size)  # (R, bins, points)
@@ -219,6 +219,10 @@ def to_rows(frames: list, probs: dict, class_ids: list) -> Rows:
 
 def report(truth: Rows, found: Rows, names: dict, excluded: set, protocol: str, say) -> dict:
     """Prints mAP and a per-class table, beside what the same rows would get with one score for all; -> frame_map."""
+    common = set(found.keys) & set(truth.keys)
+    if not common and len(found.keys):
+        raise ValueError(f"none of the {len(found.keys)} frames with detections is annotated; the first ones are "
+                         f"{found.keys[0]} there and {truth.keys[0]} in the annotation: other names or other seconds?")
     result = frame_map(truth, found, list(names), excluded, protocol)
     say(f"{'class':36s} boxes     AP  constant score")
     for c in sorted(names, key=lambda c: (math.isnan(result["ap"][c]), -np.nan_to_num(result["ap"][c]))):
@@ -259,7 +263,9 @@ def draw_movie(path: str, out: str, found: Rows, names: dict, show: float, movie
     """Writes the movie with each key frame's boxes and classes of at least `show`, half a second around it; -> frames.
     """
     seconds = np.array([second for _, second in found.keys]) - movie_start
-    with data.VideoReader(path) as video, av.open(out + ".part", "w", format="mp4") as file:
+    with data.VideoReader(path) as video, contextlib.ExitStack() as stack:
+        stack.callback(lambda: os.path.exists(out + ".part") and os.remove(out + ".part"))  # after an error
+        file = stack.enter_context(av.open(out + ".part", "w", format="mp4"))
         rate = video.stream.average_rate or Fraction(25)
         stream = file.add_stream("libx264", rate=rate.limit_denominator(1001))
         stream.pix_fmt, stream.options = "yuv420p", {"crf": "18"}
@@ -269,7 +275,8 @@ def draw_movie(path: str, out: str, found: Rows, names: dict, show: float, movie
             if count >= len(video):
                 break
             image, t = video.convert(frame), video.times[count] - video.times[0]
-            zoom = -(-320 // min(image.shape[:2]))  # so that names are readable on small movies
+            # so that names are readable on small movies
+            zoom = min(-(-320 // min(image.shape[:2])), max(1, 1280 // max(image.shape[:2])))
             image = np.ascontiguousarray(image.repeat(zoom, 0).repeat(zoom, 1))
             nearest = int(abs(seconds - t).argmin()) if len(seconds) else -1
             if nearest >= 0 and abs(seconds[nearest] - t) <= 0.5:
@@ -282,13 +289,17 @@ def draw_movie(path: str, out: str, found: Rows, names: dict, show: float, movie
             h, w = image.shape[0] // 2 * 2, image.shape[1] // 2 * 2
             if not count:
                 stream.height, stream.width = h, w
+            elif (h, w) != (stream.height, stream.width):  # a stream that changes its size
+                h, w = stream.height, stream.width
+                image = data.resize(torch.from_numpy(image)[None], h, w)[0].numpy()
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:h, :w]), "rgb24")
             last = max(last + 1, round(t * 90000))
             picture.pts, picture.time_base = last, clock
             file.mux(stream.encode(picture))
             count += 1
         file.mux(stream.encode(None))
-    os.replace(out + ".part", out)
+        file.close()
+        os.replace(out + ".part", out)
     return count
 
 
@@ -381,6 +392,9 @@ def get_args(argv=None) -> argparse.Namespace:
             p.error(f"--{name} {getattr(args, name)}: expected a number in [0, 1]")
     if not 0 <= args.drop_path < 1:
         p.error(f"--drop_path {args.drop_path}: expected a number in [0, 1)")
+    for name, value in vars(args).items():
+        if not all(math.isfinite(x) for x in (value if isinstance(value, list) else [value]) if isinstance(x, float)):
+            p.error(f"--{name} {value}: expected a finite number")
     for name in ("layer_decay", "fps", "eval_every"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             p.error(f"--{name} {getattr(args, name)}: expected more than 0")
@@ -471,7 +485,7 @@ def main():
     train = merge_rows([read_rows(f, "truth") for f in train_files], train_files, "truth") if training else None
     truth = merge_rows([read_rows(f, "truth") for f in val_files], val_files, "truth") if val_files else None
     excluded, val_excluded = read_excluded(args.excluded), read_excluded(args.val_excluded)
-    label_map = args.label_map or ("toy_ava/label_map.pbtxt" if toy else None)
+    label_map = args.label_map or ("toy_ava/label_map.pbtxt" if toy and not args.ckpt else None)  # a model has its own
     names = read_label_map(label_map) if label_map else None
     model, about = None, {}
     if args.ckpt:
@@ -492,14 +506,14 @@ def main():
         """Says what an annotation holds, and what of it is left out."""
         kept = np.array([key not in excluded for key in rows.keys])[rows.frame] if len(rows.frame) else rows.frame > 0
         unknown = sorted(set(rows.id[kept].tolist()) - set(class_ids))
-        flat = int((rows.box[:, 2:] <= rows.box[:, :2]).any(1).sum())
+        flat = int((np.diff(rows.box[kept].clip(0, 1).reshape(-1, 2, 2), axis=1) <= 0).any((1, 2)).sum())
         boxes = len({(f, *b) for f, b in zip(rows.frame[kept].tolist(), rows.box[kept].tolist())})
         say(f"{what}: {len(rows.frame)} labels of {len(set(rows.id.tolist()))} classes, {boxes} boxes in "
             f"{len(set(rows.frame[kept].tolist()))} frames of {len({v for v, _ in rows.keys})} movies"
             + (f"; {len(set(rows.keys) & excluded)} frames excluded" if excluded else "")
-            + (f"; {flat} boxes without area are left out" if flat else "")
-            + (f"; {np.isin(rows.id, unknown).sum()} labels of {len(unknown)} classes that the label map does not list "
-               f"are left out ({', '.join(map(str, unknown[:8]))}{', ...' if len(unknown) > 8 else ''})"
+            + (f"; {flat} rows whose box has no area in the frame are left out" if flat else "")
+            + (f"; {np.isin(rows.id[kept], unknown).sum()} labels of {len(unknown)} classes that are not in the label "
+               f"map are left out ({', '.join(map(str, unknown[:8]))}{', ...' if len(unknown) > 8 else ''})"
                if unknown else ""))
     if args.score:
         count_rows(truth, val_excluded, " ".join(val_files))
@@ -516,6 +530,7 @@ def main():
         if args.init:
             init = read_weights(args.init)[2]
             like = {k: init[k] for k in like}
+            about = init["args"] if "short_side" in init["args"] else {}  # a detection checkpoint's clips
             if init["tubelet_size"] == 1 and init["num_frames"] == 16 and not init["args"]:
                 like["tubelet_size"] = 2  # an image ViT, to be inflated
         shape = dict(size=args.size or like["size"], num_frames=args.num_frames or like["num_frames"],
@@ -544,15 +559,21 @@ def main():
     # ---- one's own movie
     if args.video:
         stem = os.path.splitext(os.path.basename(args.video))[0]
+        base = os.path.join(args.out_dir, stem + "_actions")
+        for given in (args.video, args.boxes):
+            if given and os.path.realpath(given) in (os.path.realpath(base + end) for end in (".csv", ".mp4")):
+                raise ValueError(f"{given}: the result would be written over it; choose another --out_dir")
         if args.full_frame:
             with data.VideoReader(args.video) as video:
-                length = int(video.times[-1] - video.times[0]) + 1
-            keys = [(stem, round(s + args.movie_start)) for s in range(length)]
+                end = video.times[-1] - video.times[0] + args.movie_start
+            keys = [(stem, s) for s in range(math.ceil(args.movie_start), int(end) + 1)]
+            length = len(keys)
             rows = Rows(keys, np.arange(length), np.tile([0.0, 0, 1, 1], (length, 1)), np.zeros(length, int),
                         np.ones(length))
         else:
-            rows = read_boxes(args.boxes, args.movie_list, lambda video: movie_size(args.video))
-            mine = np.array([video in (stem, os.path.basename(args.video)) for video, _ in rows.keys])[rows.frame]
+            own = stem, os.path.basename(args.video)
+            rows = read_boxes(args.boxes, args.movie_list, lambda v: movie_size(args.video) if v in own else None, say)
+            mine = np.array([video in own for video, _ in rows.keys])[rows.frame]
             if not mine.any():
                 raise ValueError(f"{args.boxes}: no boxes of {stem!r}; it has those of "
                                  f"{', '.join(sorted({v for v, _ in rows.keys})[:5])}")
@@ -561,6 +582,8 @@ def main():
                 raise ValueError(f"{args.boxes}: no box of {stem!r} has a score of {args.box_score} (--box_score)")
             rows = Rows(rows.keys, rows.frame[mine], rows.box[mine], rows.id[mine], rows.score[mine])
         frames = key_frames(rows, {video: args.video for video, _ in rows.keys}, None)
+        if not frames:
+            raise ValueError(f"{args.boxes or args.video}: no box has an area within the frame")
         model.to(device)
         probs, failed = detect(model, frames, TestFrames(frames, seconds, short_side, args.movie_start), device,
                                autocast, args.batch_size, num_workers)
@@ -568,19 +591,22 @@ def main():
             say(f"failed: {why}")
         if not probs:
             raise ValueError(f"{args.video}: none of its {len(frames)} key frames can be read: {failed[0]}")
-        found, base = to_rows(frames, probs, class_ids), os.path.join(args.out_dir, stem)
+        found = to_rows(frames, probs, class_ids)
         write_detections(base + ".csv", found)
         for i, p in probs.items():
             for box, one in zip(frames[i].boxes, p * frames[i].scores[:, None]):
                 best = np.argsort(-one, kind="stable")[:3]
                 say(f"{frames[i].second:4d} s, box {' '.join(f'{v:.2f}' for v in box)}: "
                     + ", ".join(f"{names[class_ids[c]]} {one[c]:.2f}" for c in best))
-        count = draw_movie(args.video, base + ".mp4", found, names, args.show, args.movie_start)
+        try:
+            count = draw_movie(args.video, base + ".mp4", found, names, args.show, args.movie_start)
+        except (av.FFmpegError, data.VideoError) as e:
+            raise ValueError(f"{args.video}: damaged ({e}): no movie drawn; the detections are in {base}.csv") from None
         say(f"{base}.csv: {len(found.frame)} rows; {base}.mp4: {count} frames, classes of at least {args.show:g}")
         return 1 if failed else 0
 
     # ---- key frames, of the movies that are there
-    def with_movies(rows, excluded, labelled, what):
+    def with_movies(rows, excluded, labelled, what, then):
         movies = find_movies(data_root, {video for video, _ in rows.keys})
         missing = sorted({video for video, _ in rows.keys} - set(movies))
         keep = np.array([key not in excluded for key in rows.keys])[rows.frame] if len(rows.frame) else rows.frame > 0
@@ -588,7 +614,7 @@ def main():
         frames = key_frames(rows, movies, class_ids if labelled else None)
         if missing:
             say(f"{what}: {len(missing)} of {len(missing) + len(movies)} movies are not in {data_root} "
-                f"({', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}): their key frames are left out")
+                f"({', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}): {then}")
         if not frames:
             raise ValueError(f"{what}: no key frame with a box is left")
         return frames
@@ -599,12 +625,8 @@ def main():
         if val_boxes:
             movies = find_movies(data_root, {video for video, _ in truth.keys})
 
-            def size_of(video):
-                if video not in movies:
-                    raise ValueError(f"{val_boxes}: the size of {video}'s frames is not known, its movie is not in "
-                                     f"{data_root}: write name,width,height in {args.movie_list}")
-                return movie_size(movies[video])
-            rows = read_boxes(val_boxes, args.movie_list, size_of)
+            size_of = lambda video: movie_size(movies[video]) if video in movies else None
+            rows = read_boxes(val_boxes, args.movie_list, size_of, say)
             known = {video for video, _ in truth.keys}
             of_these = np.array([video in known for video, _ in rows.keys])[rows.frame]
             keep = of_these & (rows.score >= args.box_score)
@@ -617,7 +639,7 @@ def main():
         else:
             rows = truth
             say("no --val_boxes: tested on the annotated boxes, which flatters: published figures are on detected ones")
-        val_frames = with_movies(rows, val_excluded, False, "test")
+        val_frames = with_movies(rows, val_excluded, False, "test", "no detections there, their boxes count as missed")
     val_set = TestFrames(val_frames, seconds, short_side, args.movie_start)
 
     def test(progress):
@@ -656,7 +678,7 @@ def main():
         return 1 if failed else 0
 
     count_rows(train, excluded, "training, " + " ".join(train_files))
-    frames = with_movies(train, excluded, True, "training")
+    frames = with_movies(train, excluded, True, "training", "their key frames are left out")
     global_batch = args.batch_size * args.accum_steps * world
     if global_batch > len(frames):
         raise ValueError(f"{len(frames)} key frames are fewer than a batch of {world} rank(s) x {args.batch_size} x "
@@ -701,14 +723,15 @@ def main():
             differ += ["classes"] if saved["classes"] != list(names.values()) else []
         except Exception as e:  # torch raises whatever the broken bytes lead to
             raise ValueError(f"{last}: not a checkpoint of detect_ava.py ({e}); --no-resume moves it aside") from None
-        if changed and args.resume is None and finished:
+        if (changed or differ) and args.resume is None and finished:
             saved = None  # a finished run with other settings: start anew beside it
         elif changed and args.resume is None:
             raise ValueError(f"{last} holds another unfinished run ({', '.join(changed)}): choose another --out_dir, "
                              "--no-resume to start anew (the old files are kept), or --resume to go on with the new "
                              "settings")
         elif differ:
-            raise ValueError(f"{last} holds another model ({', '.join(changed)}): it cannot go on with this one")
+            raise ValueError(f"{last} holds another model ({', '.join(changed or differ)}): it cannot go on with this "
+                             "one; choose another --out_dir, or --no-resume to start anew")
         elif changed:
             say(f"going on with other settings: {', '.join(changed)}")
     if saved:
@@ -803,6 +826,7 @@ def main():
     def validate(step):
         """Tests, logs, keeps the best weights. All ranks take part."""
         nonlocal best, tested
+        save(step)  # what was trained is not lost if the test fails or takes long
         model_raw.eval()
         say(f"test at step {step}:")
         result, failed = test(False)

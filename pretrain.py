@@ -105,6 +105,9 @@ def get_args(argv=None) -> argparse.Namespace:
     for name, low in lowest.items():
         if getattr(args, name) is not None and getattr(args, name) < low:
             p.error(f"--{name} {getattr(args, name)}: expected at least {low}")
+    for name, value in vars(args).items():
+        if not all(math.isfinite(x) for x in (value if isinstance(value, list) else [value]) if isinstance(x, float)):
+            p.error(f"--{name} {value}: expected a finite number")
     if args.epochs <= args.warmup_epochs:
         p.error(f"--epochs {args.epochs:g}: expected more than --warmup_epochs {args.warmup_epochs:g}")
     if args.fps is not None and args.fps <= 0:
@@ -269,14 +272,15 @@ def main():
             differ = [k for k, v in model.config.items() if k not in free_config and saved["config"][k] != v]
         except Exception as e:  # torch raises whatever the broken bytes lead to
             raise ValueError(f"{last}: not a checkpoint of pretrain.py ({e}); --no-resume moves it aside") from None
-        if changed and args.resume is None and finished:
+        if (changed or differ) and args.resume is None and finished:
             saved = None  # a finished run with other settings: start anew beside it
         elif changed and args.resume is None:
             raise ValueError(f"{last} holds another unfinished run ({', '.join(changed)}): choose another --out_dir, "
                              "--no-resume to start anew (the old files are kept), or --resume to go on with the new "
                              "settings")
         elif differ:
-            raise ValueError(f"{last} holds another model ({', '.join(changed)}): it cannot go on with this one")
+            raise ValueError(f"{last} holds another model ({', '.join(changed or differ)}): it cannot go on with this "
+                             "one; choose another --out_dir, or --no-resume to start anew")
         elif changed:
             say(f"going on with other settings: {', '.join(changed)}")
     if saved:

@@ -1255,6 +1255,17 @@ def test_signal_saves_and_other_runs_are_kept():
 
 
 @test
+def test_errors_end_the_process():
+    """An error that nobody expects ends a process with data workers, which ignore SIGTERM, instead of hanging it."""
+    code = ("import data, torch\nclass Ones(torch.utils.data.Dataset):\n    def __getitem__(self, i): return i\n"
+            "    def __len__(self): return 1000\n"
+            "stream = iter(torch.utils.data.DataLoader(Ones(), num_workers=2, worker_init_fn=data.ignore_signals))\n"
+            "next(stream)\nraise RuntimeError('out of memory')")
+    process = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=100)
+    assert process.returncode == 1 and "out of memory" in process.stderr
+
+
+@test
 def test_nonfinite_steps_are_skipped_on_the_device():
     """The fused AdamW leaves weights and moments alone when found_inf is set, as pretrain.py relies on."""
     p = torch.nn.Parameter(torch.ones(3))
@@ -1759,6 +1770,13 @@ def test_ava_files():
         assert rows.keys == [("b", 902)] and np.allclose(rows.box, want)
     movies = ava_file("movies.txt", "a.mkv\nb.mp4\n")
     assert np.allclose(ava.read_boxes(aia, movies, lambda video: (720, 960)).box, [[64 / 480, 48 / 360, 0.8, 0.8]])
+    image = dict(id=10902, movie="b", timestamp=9, width=0, height=4)
+    images = ava_file("images.json", json.dumps(dict(images=[image])))
+    with raises("images.json", "not above 0"):
+        ava.read_boxes(aia, images, None)
+    assert ava.read_label_map(ava_file("quoted.pbtxt", 'item { name: "a \\"b\\" c" id: 1 }')) == {1: 'a "b" c'}
+    with raises("looks.csv", "annotations, not person boxes"):
+        ava.read_rows(ava_file("looks.csv", "m,1,0,0,1,1,3,0\nm,1,0,0,1,1,3,1\n"), "boxes")
     with raises("aia.json entry 1", "image 10902 is not in"):
         ava.read_boxes(aia, ava_file("images.json", json.dumps(dict(images=[dict(id=1, movie="b", timestamp=9, width=6,
                                                                                  height=4)]))), None)
@@ -1779,6 +1797,8 @@ def test_detection_files_read_back():
     for got in (ava.read_detections(path), ava.read_rows(path, "detections")):
         assert got.keys == [("ab", 2), ("b", 1000), ("c", 3)]
         assert all(np.array_equal(x, y) for x, y in zip(got[1:], rows[1:]))
+    quoted = ava_file("quoted.csv", '"ab",0002,0,0,1,1,3,0.5\nb ,1000,0,0,1,1,3,0.5\n')
+    assert ava.read_detections(quoted).keys == [("ab", 2), ("b", 1000)]
     odd = ava_file("odd.csv", "video,sec,x1,y1,x2,y2,id,score\nb, 1000, 0,0,1,1, 3,0.5\nd,4,0,0,1,1,3,0.5\n")
     two = ava.merge_rows([ava.read_detections(path), ava.read_detections(odd)], [path, odd], "detections")
     assert two.keys[-1] == ("d", 4) and len(two.frame) == 6 and two.frame[-1] == 3
@@ -1955,6 +1975,9 @@ def test_key_frames_and_clips():
     narrow = frame._replace(boxes=np.array([[0.98, 0.1, 1, 0.9]], np.float32), labels=frame.labels[:1])
     for epoch in range(5):  # a box that most windows miss is never lost
         assert len(ava.TrainFrames([narrow], np.zeros(4), (16, 16), 64, jitter=False)[epoch, 0][0][1]) == 1
+    tiny = frame._replace(boxes=np.array([[0.5, 0.5, 0.501, 0.501]], np.float32), labels=frame.labels[:1])
+    assert len(ava.TrainFrames([tiny], np.zeros(4), (16, 16), 64)[0, 0][0][1]) == 1  # less than a pixel
+    assert not ava.key_frames(as_rows([(("m", 1), (1.02, 0, 1.08, 1), 3)]), {"m": path}, [3])  # outside the frame
     far = ava.TrainFrames([frame._replace(second=902), frame], np.zeros(4), (64, 64), 64)
     (clip, *_), bad = far[0, 0]
     assert len(bad) >= 1 and "ends at 2.36 s" in bad[0][1] and "902.00 s" in bad[0][1]
@@ -2018,6 +2041,7 @@ def test_roi_align():
         got = detect_ava.roi_align(features, boxes, index, 1 / 16, 7, aligned)
         want = torch.stack([slow_roi_align(features[i], b.tolist(), 1 / 16, 7, aligned) for i, b in zip(index, boxes)])
         assert (got - want).abs().max() < 1e-12 and want.abs().max() > 1
+    assert detect_ava.roi_align(features, boxes[:0], index[:0], 1 / 16).shape == (0, 4, 7, 7)
     leaf = features[:, :2].clone().requires_grad_()
     some = lambda f: detect_ava.roi_align(f, boxes[:6], index[:6], 1 / 16, 2)
     assert torch.autograd.gradcheck(some, leaf)
@@ -2173,15 +2197,15 @@ def test_own_movie():
     base = ["--ckpt", ckpt, "--video", f"{root}/movies/a.mp4", "--dtype", "fp32", "--device", "cpu", "--num_workers", 0,
             "--show", 0, "--out_dir", os.path.join(TMP, "own")]
     text = call(detect_ava, *base, "--full_frame")
-    rows = [r.split(",") for r in open(os.path.join(TMP, "own", "a.csv")).read().splitlines()]
+    rows = [r.split(",") for r in open(os.path.join(TMP, "own", "a_actions.csv")).read().splitlines()]
     assert len(rows) == 5 * 5 and rows[0][:7] == ["a", "0000", "0", "0", "1", "1", "2"] and "60 frames" in text
     boxes = ava_file("own.csv", "a,2,.25,.25,.75,.75,,.9\na,2,0,0,.2,.2,,.1\nb,2,0,0,1,1,,1\n")
     call(detect_ava, *base, "--boxes", boxes)
-    rows = [r.split(",") for r in open(os.path.join(TMP, "own", "a.csv")).read().splitlines()]
+    rows = [r.split(",") for r in open(os.path.join(TMP, "own", "a_actions.csv")).read().splitlines()]
     assert [r[6] for r in rows] == ["2", "4", "5", "8", "9"] and all(0 < float(r[7]) <= 0.9 for r in rows)
-    paths = os.path.join(TMP, "own", "a.mp4"), f"{root}/movies/a.mp4"
+    paths = os.path.join(TMP, "own", "a_actions.mp4"), f"{root}/movies/a.mp4"
     call(detect_ava, *base[:-1], os.path.join(TMP, "own2"), "--boxes", boxes, "--box_score", 0)
-    rows = [r.split(",") for r in open(os.path.join(TMP, "own2", "a.csv")).read().splitlines()]
+    rows = [r.split(",") for r in open(os.path.join(TMP, "own2", "a_actions.csv")).read().splitlines()]
     assert [float(r[7]) <= 0.1 for r in rows] == [False] * 5 + [True] * 5  # scores hold the person detector's
     with data.VideoReader(paths[0]) as drawn, data.VideoReader(paths[1]) as movie:
         assert len(drawn) == 60 and np.allclose(drawn.times, movie.times, atol=1e-3)
@@ -2202,12 +2226,15 @@ def test_detection_mistakes():
     one_class = ava_file("one.pbtxt", 'item {\n name: "x"\n id: 77\n}')
     for args, words in ((["--data", pixels], ["pixels.csv row 1", "[0,1]"]), (["--data", "none.csv"], ["none.csv"]),
                         (["--data_root", HERE], [HERE]), (["--batch_size", 40], ["9 key frames", "40"]),
-                        (["--label_map", one_class], ["no true box", "77 (x)"]), (["--video", "x.mp4"], ["needs --ckpt"]),
+                        (["--label_map", one_class], ["no true box", "77 (x)"]),
+                        (["--video", "x.mp4"], ["needs --ckpt"]), (["--epochs", "inf"], ["--epochs inf"]),
                         (["--label_map", f"{root}/train.csv"], ["no classes"]), (["--freeze", 5], ["--freeze 5"]),
                         (["--img_size", 20], ["img_size=20x20"]), (["--val_boxes", pixels], ["pixels.csv row 1"]),
                         (["--ckpt", "x.pt", "--init", "y.pt"], ["only one"]), (["--movie_start", 900], ["before its"])):
         text = mistake(detect_ava, *base, *args)
         assert all(w in text for w in words), text
+    other = ava_file("other_movie.csv", "zz,1,0,0,1,1,1,0.5\n")
+    assert "('zz', 1)" in mistake(detect_ava, "--score", other, "--val_data", f"{root}/val.csv")
     twice = mistake(detect_ava, "--score", pixels, "--val_data", f"{root}/val.csv", f"{root}/val.csv")
     assert "annotated in another file too" in twice, twice
 
