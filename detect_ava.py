@@ -40,7 +40,8 @@ import augment
 import data
 from ava import (Rows, TestFrames, TrainFrames, clip_seconds, find_movies, frame_map, key_frames, make_toy, merge_rows,
                  read_boxes, read_detections, read_excluded, read_label_map, read_rows, write_detections)
-from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, Encoder, best_dtype, count_params, param_groups, to_unit
+from model import (IMAGENET_MEAN, IMAGENET_STD, SIZES, Encoder, best_dtype, count_params, init_linears, param_groups,
+                   to_unit)
 from weights import load_pretrained, read_weights
 
 MAX_NONFINITE = 20  # steps in a row with a non-finite gradient before the run gives up
@@ -99,11 +100,7 @@ class Detector(Encoder):
         self.norm = nn.LayerNorm(D, eps=1e-6)
         self.cls_score = nn.Linear(D, num_classes)
         self.config |= dict(num_classes=num_classes, aligned=aligned)
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=0.02)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
+        init_linears(self)
         self.cls_score.weight.data.mul_(0.001)
 
     def forward(self, video, boxes, index):

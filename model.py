@@ -358,6 +358,15 @@ class VideoMAE(nn.Module):
         return (error * counts).sum() / counts.sum().clamp(min=1), pred
 
 
+def init_linears(model: nn.Module):
+    """Fine-tuning's initial weights, in place: linear layers normal with deviation .02, biases 0."""
+    for m in model.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.trunc_normal_(m.weight, std=0.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
 class VideoClassifier(Encoder):
     """Encoder, mean over all tokens, fc_norm, dropout, head (fine-tuning: no final norm before the mean).
 
@@ -372,11 +381,7 @@ class VideoClassifier(Encoder):
         self.head_dropout = nn.Dropout(head_dropout)
         self.head = nn.Linear(D, num_classes)
         self.config |= dict(num_classes=num_classes, head_norm=head_norm)
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=0.02)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
+        init_linears(self)
         self.head.weight.data.mul_(0.001)
 
     def forward(self, video):
