@@ -229,7 +229,7 @@ def find_movies(folder: str, names) -> dict:
     """{video: path} of the movies of these names that lie in a folder (or below it): files `name` or `name.ending`."""
     paths, out = data.read_videos(folder)[0], {}
     for path in paths:
-        base = os.path.basename(path)
+        base = os.path.basename(path.split("::")[-1])  # in a prepared set: FOLDER::PATH
         for name in {base, os.path.splitext(base)[0]} & set(names):
             if name in out:
                 raise ValueError(f"{folder}: holds two movies for {name!r}: {out[name]} and {path}")
@@ -414,7 +414,7 @@ class TrainFrames(data.PretrainClips):
     def load(self, index: int, rng):
         """-> clip, boxes, labels, count, shift as above; VideoError when the movie cannot be read."""
         f, (H, W) = self.frames[index], self.size
-        with data.MovieReader(f.path, self.fit) as movie:
+        with data.open_movie(f.path, self.fit) as movie:
             frames, where = movie.at(f.second - self.movie_start + self.seconds)
         h, w = frames.shape[1:3]
         boxes = f.boxes.astype(float) * [w, h, w, h]
@@ -458,7 +458,7 @@ class TestFrames(torch.utils.data.Dataset):
 
     def read(self, group):
         seconds = np.array([self.frames[i].second for i in group])[:, None] - self.movie_start + self.seconds
-        with data.MovieReader(self.frames[group[0]].path, lambda h, w: data.short_side(h, w, self.short_side)) as movie:
+        with data.open_movie(self.frames[group[0]].path, lambda h, w: data.short_side(h, w, self.short_side)) as movie:
             frames, where = movie.at(seconds)
         return group, torch.from_numpy(frames), torch.from_numpy(where)
 

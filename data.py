@@ -3,6 +3,7 @@
     python data.py index ucf101 trainlist01.txt UCF-101/ ucf_train.tsv     # a public layout -> a list file
     python data.py split my_videos/ train.tsv val.tsv                      # one's own videos -> two list files
     python data.py check ucf_train.tsv                                     # which files cannot be read, and why
+    python data.py prepare ucf_train.tsv ucf_train/                        # decode once, for --data ucf_train/
     python data.py toy                                                     # write the toy videos to toy/
 
 A clip is (T, H, W, C) uint8. A frame index counts presented frames from 0. What is drawn for a sample depends on
@@ -11,7 +12,7 @@ A clip is (T, H, W, C) uint8. A frame index counts presented frames from 0. What
 
 import argparse
 import atexit
-import bisect
+import contextlib
 import json
 import math
 import multiprocessing
@@ -22,7 +23,6 @@ import signal
 import socket
 import sys
 import time
-from collections import OrderedDict
 from fractions import Fraction
 
 import av
@@ -30,16 +30,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import prepared
 from augment import erase_box, rand_augment, random_resized_crop
+from decode import MovieReader, VideoError, VideoReader, nearest, resize, short_side
+from prepared import open_movie, open_video
 
 VIDEO_EXT = tuple(".mp4 .mkv .webm .avi .mov .mpg .mpeg .m4v .wmv .flv .3gp .ts .ogv .gif .mts .m2ts .vob .mxf .ogg "
                   ".asf .divx .y4m .m2v .m1v .f4v".split())
 IMAGE_EXT = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-KEEP_PACKETS = 64 << 20  # files up to this size (bytes) are read into memory once; longer movies are sought in
-
-
-class VideoError(ValueError):
-    """A video that cannot be read; the message names the file and says why."""
 
 
 # ---- lists and folders ----
@@ -75,9 +73,14 @@ def write_list(out: str, rows: list):
 
 
 def read_videos(source: str, data_root: str = "") -> tuple[list[str], list[str | None]]:
-    """A list file, a folder (of class folders or flat) or one video -> paths, labels as written (None: no label)."""
+    """A list file, a folder (of class folders or flat), a prepared set or one video -> paths, labels as written.
+
+    A label is None where there is none. The videos of a prepared set are named FOLDER::PATH.
+    """
     is_media = lambda name: name.lower().endswith(VIDEO_EXT + IMAGE_EXT) and not name.startswith(".")
-    if os.path.isdir(source):
+    if os.path.isdir(source) and prepared.is_prepared(source):
+        rows = [(f"{source}::{path}", label) for path, label in prepared.read_index(source)["rows"]]
+    elif os.path.isdir(source):
         rows, seen = [], set()
         for folder, subfolders, files in os.walk(source, followlinks=True):
             hidden = {s for s in subfolders if s.startswith((".", "@eaDir"))}  # a NAS keeps its thumbnails in @eaDir
@@ -101,10 +104,10 @@ def read_videos(source: str, data_root: str = "") -> tuple[list[str], list[str |
         header = lambda i, line: i == 1 and line.lower().replace("\t", ",") in ("path,label", "video,label")
         rows = [parse_row(line, f"{source} row {i}") for i, line in enumerate(lines, 1)
                 if line.strip() and not comment(line) and not header(i, line)]
-        rows = [(os.path.join(data_root, path), label) for path, label in rows]
+        rows = [(path if prepared.in_set(path) else os.path.join(data_root, path), label) for path, label in rows]
         if not rows:
             raise ValueError(f"{source}: an empty list")
-        if not any(os.path.exists(path) for path, _ in rows):
+        if not any(prepared.exists(path) for path, _ in rows):
             raise ValueError(f"{source}: none of its {len(rows)} files exists, the first is {rows[0][0]!r}; "
                              "relative paths start at --data_root, or else at the current folder")
     else:
@@ -135,301 +138,6 @@ def class_ids(labels: list, classes: list[str], paths: list[str], known: str) ->
         raise ValueError(f"{len(new)} labels are not among the {len(classes)} classes of {known}: {names}; "
                          f"known are {', '.join(classes[:8])}{', ...' if len(classes) > 8 else ''}")
     return [ids[label] for label in labels]
-
-
-# ---- decoding ----
-
-INDEX_CACHE: OrderedDict = OrderedDict()  # of the long files only: reading all their packets again takes seconds
-
-
-class VideoReader:
-    """Random access to the frames of a video file, in presentation order; a context manager.
-
-    All packets are read (not decoded) once: their time stamps give the number of frames and where each key frame is,
-    with no trust in the container's own count, duration or frame rate. `frames` then decodes from the last key frame
-    before the wanted frames to the last of them, and leaves out frames that are neither wanted nor needed by others.
-    """
-
-    def __init__(self, path: str, size_of=None):
-        """size_of: (height, width) of an upright frame -> the size that `frames` gives instead."""
-        self.path, self.size_of = path, size_of
-        if not os.path.isfile(path):
-            raise VideoError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
-        try:
-            self.container = av.open(path, metadata_errors="ignore")
-        except (av.FFmpegError, OSError, ValueError) as e:
-            raise VideoError(f"{path}: cannot be opened ({getattr(e, 'strerror', None) or e})") from None
-        try:
-            self.stream = self.container.streams.best("video")  # of several the largest, as ffmpeg chooses
-            if self.stream is None or self.stream.disposition & av.stream.Disposition.attached_pic:
-                raise VideoError(f"{path}: has no video stream")
-            self.codec = self.stream.codec_context
-            if self.codec is None:
-                raise VideoError(f"{path}: no decoder for its video codec")
-            self.codec.thread_count = 1  # a worker has one core
-            self.codec.thread_type = "NONE"
-            self.to_rgb = av.video.reformatter.VideoReformatter()
-            self.read_index()
-        except VideoError:
-            self.container.close()
-            raise
-        except (av.FFmpegError, OSError, ValueError) as e:
-            self.container.close()
-            raise VideoError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self.packets = None
-        self.container.close()
-
-    def __len__(self):
-        return len(self.order)
-
-    def read_index(self):
-        """Sets pts (by packet), keys ((pts, packet) of key frames), order (frame index -> packet), times (seconds)."""
-        size = self.container.size or 0
-        self.packets, self.counted = [], False
-        stamp = (self.path, size, os.path.getmtime(self.path)) if size > KEEP_PACKETS else None
-        if stamp in INDEX_CACHE:
-            self.packets = None
-            self.pts, self.keys, self.order, self.counted, self.times = INDEX_CACHE[stamp]
-            return
-        self.pts, shown, keys = [], [], []
-        for packet in self.demux():
-            i = len(self.pts)
-            self.pts.append(packet.pts)
-            if packet.is_keyframe:
-                keys.append((packet.pts, i))
-            if keys and self.is_shown(packet):
-                shown.append(i)
-            if stamp is None:
-                self.packets.append(packet)
-        if not self.pts:
-            raise VideoError(f"{self.path}: holds no video packets")
-        stamps = [self.pts[i] for i in shown]
-        if None in stamps or len(set(stamps)) < len(stamps) or not keys or self.guesses_times():
-            self.count_frames()
-        else:
-            self.keys = sorted(keys)
-            # pictures shown before the first key frame refer to frames that the file does not have
-            self.order = sorted((i for i in shown if self.pts[i] >= self.keys[0][0]), key=self.pts.__getitem__)
-            base = float(self.stream.time_base or Fraction(1))
-            self.times = np.array([self.pts[i] for i in self.order], float) * base
-        if not len(self.order):
-            raise VideoError(f"{self.path}: holds no frame that can be decoded")
-        if stamp:
-            self.packets = None
-            INDEX_CACHE[stamp] = self.pts, self.keys, self.order, self.counted, self.times
-            while len(INDEX_CACHE) > 256:
-                INDEX_CACHE.popitem(last=False)
-
-    def is_shown(self, packet) -> bool:
-        """Whether a packet's picture is presented: not cut off by an edit list, no alternate reference of VP8."""
-        return not packet.is_discard and not (self.codec.name in ("vp8", "libvpx") and not bytes(packet)[0] & 0x10)
-
-    def guesses_times(self) -> bool:
-        """AVI stores decoding order only: with B-frames its time stamps are not those of the pictures."""
-        return self.container.format.name == "avi" and bool(self.codec.has_b_frames)
-
-    def demux(self):
-        try:
-            yield from (p for p in self.container.demux(self.stream) if p.size)
-        except av.EOFError:  # some demuxers raise it where the file was cut off
-            return
-
-    def count_frames(self):
-        """For files whose packets have no usable time stamps: the frames are counted by decoding them all."""
-        self.counted, self.keys, self.times = True, [], []
-        rate = float(self.stream.average_rate or self.stream.guessed_rate or 25)
-        try:
-            for frame in self.decode(self.read(0, len(self.pts))):
-                self.times.append(len(self.times) / rate if frame.time is None else frame.time)
-        except av.FFmpegError as e:
-            raise VideoError(f"{self.path}: damaged after frame {len(self.times)} ({e.strerror})") from None
-        self.times = np.array(self.times)
-        if not (np.diff(self.times) > 0).all():
-            self.times = np.arange(len(self.times)) / rate
-        self.order = range(len(self.times))
-
-    def read(self, start: int, stop: int):
-        """Yields packets start..stop-1 in decoding order, with their numbers."""
-        if self.packets:
-            yield from zip(range(start, stop), self.packets[start:stop])
-            return
-        i = 0
-        if start and self.pts[start] is not None:
-            self.container.seek(self.pts[start], stream=self.stream)
-            i = None
-        else:
-            self.container.seek(0)
-        for packet in self.demux():
-            if i is None:  # where the seek has landed
-                i = self.pts.index(packet.pts)
-                if i > start:  # too late: some containers seek badly
-                    self.container.seek(0)
-                    yield from ((j, p) for j, p in enumerate(self.demux()) if start <= j < stop)
-                    return
-            if i >= stop:
-                return
-            if i >= start:
-                yield i, packet
-            i += 1
-
-    def decode(self, numbered, wanted=None):
-        """Decodes (number, packet) pairs, drains the decoder; frames that nobody wants or refers to are left out."""
-        self.codec.flush_buffers()
-        skip = "DEFAULT"
-        self.codec.skip_frame = skip
-        for _, packet in numbered:
-            now = "DEFAULT" if wanted is None or packet.pts in wanted else "NONREF"
-            if now != skip:
-                self.codec.skip_frame = skip = now
-            yield from self.codec.decode(packet)
-        yield from self.codec.decode(None)
-
-    def frames(self, indices) -> np.ndarray:
-        """Frame indices (any order, repeats) -> (n, H, W, 3) uint8 RGB, upright; VideoError names the failing frame."""
-        indices = [int(i) for i in indices]
-        if min(indices) < 0 or max(indices) >= len(self):
-            raise VideoError(f"{self.path}: frames {min(indices)}..{max(indices)} wanted, it has {len(self)}")
-        found = {}
-        try:
-            if self.counted:
-                frames = self.decode(self.read(0, len(self.pts)))
-                for i, frame in zip(range(max(indices) + 1), frames):
-                    if i in indices:
-                        found[i] = self.convert(frame)
-            else:
-                by_key = {}  # key frame -> wanted frames that are decoded from it
-                for i in sorted(set(indices)):
-                    key = self.keys[bisect.bisect_right(self.keys, (self.pts[self.order[i]], len(self.pts))) - 1][1]
-                    by_key.setdefault(key, []).append(i)
-                for key, some in by_key.items():
-                    wanted = {self.pts[self.order[i]]: i for i in some}
-                    last = max(self.order[i] for i in some)
-                    self.take(self.read(key, last + 1), wanted, found)
-        except VideoError:
-            raise
-        except (av.FFmpegError, OSError, ValueError) as e:
-            done, why = max(found, default=-1), getattr(e, "strerror", None) or e
-            raise VideoError(f"{self.path}: damaged after frame {done} of {len(self)} ({why})") from None
-        missing = [i for i in indices if i not in found]
-        if missing:
-            raise VideoError(f"{self.path}: frame {missing[0]} of {len(self)} gives no picture")
-        return self.stack(found, indices)
-
-    def take(self, numbered, wanted: dict, found: dict):
-        """Decodes packets; the pictures of the time stamps in `wanted` go to found[wanted[time stamp]]."""
-        for frame in self.decode(numbered, wanted):
-            if frame.pts in wanted:
-                if frame.is_corrupt:
-                    raise VideoError(f"{self.path}: frame {wanted[frame.pts]} is damaged")
-                found[wanted[frame.pts]] = self.convert(frame)
-
-    def stack(self, found: dict, indices) -> np.ndarray:
-        """found[i] for i in indices as one array; in a stream that changes its size, all as the first."""
-        if len({x.shape for x in found.values()}) > 1:
-            h, w = found[min(found)].shape[:2]
-            found = {i: resize(torch.from_numpy(x)[None], h, w)[0].numpy() for i, x in found.items()}
-        return np.stack([found[i] for i in indices])
-
-    def convert(self, frame) -> np.ndarray:
-        """A decoded frame -> (H, W, 3) uint8 RGB, turned upright as players do."""
-        rgb = self.to_rgb.reformat(frame, format="rgb24", interpolation="BICUBIC")  # of chroma, as ffmpeg does
-        rgb = rgb.to_ndarray()
-        rgb = np.rot90(rgb, frame.rotation // 90) if frame.rotation % 360 else rgb
-        if self.size_of:  # at once, so that many frames of a large video fit in memory
-            rgb = resize(torch.from_numpy(np.ascontiguousarray(rgb))[None], *self.size_of(*rgb.shape[:2]))[0].numpy()
-        return rgb
-
-
-FIRST_STAMP: dict = {}  # of movies: the time stamp of the first picture
-
-
-class MovieReader(VideoReader):
-    """Frames by time from a file of hours: a seek and the packets around, where VideoReader reads them all.
-
-    Seconds count from the first picture, whatever time stamp the file gives it.
-    """
-
-    def read_index(self):
-        """Finds the first picture's time stamp; a file without usable time stamps is indexed as VideoReader does."""
-        self.order, self.packets, stamp = None, None, (self.path, os.path.getmtime(self.path))
-        if self.guesses_times():
-            return super().read_index()
-        if stamp not in FIRST_STAMP:
-            numbered = enumerate(self.demux())
-            FIRST_STAMP[stamp] = next((frame.pts for frame in self.decode(numbered)), None)
-        self.first = FIRST_STAMP[stamp]
-        if self.first is None:
-            super().read_index()
-
-    def at(self, seconds) -> tuple[np.ndarray, np.ndarray]:
-        """Seconds (any shape) -> the distinct nearest frames (U, H, W, 3), and where each is among them (that shape).
-
-        Before the start the first frame is taken, after the end the last; VideoError for what is all out of the file by
-        more than 3 s, which means another file or another clock.
-        """
-        seconds = np.asarray(seconds, float)
-        if seconds.max() < -3:
-            raise VideoError(f"{self.path}: {-seconds.max():.2f} s before its start were asked for")
-        if self.order is None:
-            try:
-                found = self.near(seconds)
-            except (av.FFmpegError, OSError) as e:
-                why = getattr(e, "strerror", None) or e
-                raise VideoError(f"{self.path}: damaged near {seconds.min():.2f} s ({why})") from None
-            if found:
-                return found
-            self.container.seek(0)
-            super().read_index()  # its time stamps cannot be relied on: all packets are read
-        times = self.times - self.times[0]
-        self.check_end(times[-1], seconds.min())
-        unique, inverse = np.unique(nearest(times, seconds.ravel()), return_inverse=True)
-        return self.frames(unique), inverse.reshape(seconds.shape)
-
-    def check_end(self, end: float, start: float):
-        if start > end + 3:
-            raise VideoError(f"{self.path}: ends at {end:.2f} s, frames from {start:.2f} s on were asked for")
-
-    def near(self, seconds):
-        """As `at`, by seeking; None where time stamps are missing or given twice."""
-        stamps = np.maximum(self.first + seconds.ravel() / float(self.stream.time_base), self.first)
-        for back in (0, 10, 60, math.inf):  # some containers seek too far
-            start = max(self.first, stamps.min() - back / float(self.stream.time_base))
-            try:
-                self.container.seek(math.floor(start), stream=self.stream)
-            except av.FFmpegError:  # past the end, in some containers
-                continue
-            packets, end = [], math.inf
-            for packet in self.demux():
-                if packet.pts is None or packet.dts is None:
-                    return None
-                packets.append(packet)
-                if packet.pts >= stamps.max():
-                    end = min(end, packet.pts)
-                if packet.dts >= end:  # later packets have later pictures
-                    break
-            key = next((i for i, p in enumerate(packets) if p.is_keyframe), len(packets))
-            packets = packets[key:]
-            if packets and packets[0].pts <= max(stamps.min(), self.first):
-                break
-        else:
-            return None
-        shown = sorted(p.pts for p in packets if self.is_shown(p) and p.pts >= packets[0].pts)
-        if len(set(shown)) < len(shown):
-            return None
-        self.check_end((shown[-1] - self.first) * float(self.stream.time_base), seconds.min())
-        unique, inverse = np.unique(nearest(np.array(shown, float), stamps), return_inverse=True)
-        wanted = {shown[i]: k for k, i in enumerate(unique)}
-        last = max(i for i, p in enumerate(packets) if p.pts in wanted)
-        found = {}
-        self.take(enumerate(packets[:last + 1]), wanted, found)
-        if len(found) < len(wanted):
-            raise VideoError(f"{self.path}: a frame near {seconds.min():.2f} s gives no picture")
-        return self.stack(found, range(len(unique))), inverse.reshape(seconds.shape)
 
 
 # ---- which frames ----
@@ -471,14 +179,6 @@ def sample_window(rng, n: int, num_frames: int, stride: int) -> np.ndarray:
     return np.minimum(np.linspace(start, start + window, num_frames).astype(int), start + window - 1)
 
 
-def nearest(times: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """Indices of the frames whose time stamps (ascending, seconds) are nearest to t; the earlier one of two."""
-    if len(times) == 1:
-        return np.zeros(len(t), int)
-    right = np.clip(np.searchsorted(times, t), 1, len(times) - 1)
-    return np.where(t - times[right - 1] <= times[right] - t, right - 1, right)
-
-
 def timeline(times: np.ndarray, fps: float | None) -> np.ndarray:
     """Frame indices of a video played at `fps`, whatever rate it was stored at; None: all its frames as stored."""
     if not fps:
@@ -487,19 +187,6 @@ def timeline(times: np.ndarray, fps: float | None) -> np.ndarray:
 
 
 # ---- crops ----
-
-def short_side(height: int, width: int, side: int) -> tuple[int, int]:
-    """(height, width) of a frame scaled so that its shorter side is `side`; the other is rounded down."""
-    return (side, side * width // height) if height <= width else (side * height // width, side)
-
-
-def resize(clip: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(T, H, W, C) uint8 -> (T, height, width, C) uint8, antialiased bilinear (as PIL does)."""
-    if clip.shape[1:3] == (height, width):
-        return clip
-    x = F.interpolate(clip.permute(0, 3, 1, 2), size=(height, width), mode="bilinear", antialias=True)
-    return x.permute(0, 2, 3, 1)
-
 
 def multi_scale_crop(rng, height: int, width: int, scales=(1, 0.875, 0.75, 0.66)) -> tuple[int, int, int, int]:
     """-> (top, left, h, w): sides int(short side * scale), scale indices at most 1 apart, at one of 13 anchors."""
@@ -512,10 +199,10 @@ def multi_scale_crop(rng, height: int, width: int, scales=(1, 0.875, 0.75, 0.66)
     return y * ((height - h) // 4), x * ((width - w) // 4), h, w
 
 
-def crop_resize(clip: np.ndarray, box: tuple, height: int, width: int) -> torch.Tensor:
-    """(T, H, W, C) uint8 and (top, left, h, w) -> (T, height, width, C) uint8."""
+def crop_resize(frames, box: tuple, height: int, width: int) -> torch.Tensor:
+    """T frames (H, W, C) uint8 and (top, left, h, w) -> (T, height, width, C) uint8."""
     top, left, h, w = box
-    part = torch.from_numpy(np.ascontiguousarray(clip[:, top:top + h, left:left + w]))
+    part = torch.from_numpy(np.stack([frame[top:top + h, left:left + w] for frame in frames]))
     return resize(part, height, width).contiguous()
 
 
@@ -535,25 +222,29 @@ class PretrainClips(torch.utils.data.Dataset):
         self.paths, self.num_frames, self.size, self.stride, self.fps = paths, num_frames, size, stride, fps
         self.sampling, self.repeat_aug, self.crop_scales = sampling, repeat_aug, crop_scales
         self.flip, self.seed = flip, seed
+        if sampling == "dense" and not fps:
+            prepared.check_stride(paths, stride)
 
     def __len__(self):
         return len(self.paths)
 
     def load(self, index: int, rng) -> torch.Tensor:
         """-> (repeat_aug, T, H, W, C) uint8; VideoError when the file cannot be read."""
-        with VideoReader(self.paths[index]) as video:
+        with open_video(self.paths[index]) as video:
             if self.sampling == "sparse":
                 indices = [sample_sparse(rng, len(video), self.num_frames) for _ in range(self.repeat_aug)]
             elif self.fps:
                 indices = [sample_by_time(rng, video.times, self.num_frames, self.fps) for _ in range(self.repeat_aug)]
             else:
                 indices = [sample_dense(rng, len(video), self.num_frames, self.stride) for _ in range(self.repeat_aug)]
-            frames = video.frames(np.concatenate(indices))
-        clips = []
-        for clip in np.split(frames, self.repeat_aug):
-            clip = crop_resize(clip, multi_scale_crop(rng, *clip.shape[1:3], self.crop_scales), *self.size)
-            clips.append(clip.flip(2) if self.flip and rng.random() < 0.5 else clip)
-        return torch.stack(clips)
+            frames = video.pictures(np.concatenate(indices))
+            height, width = frames[0].shape[:2]
+            clips = []
+            for k in range(self.repeat_aug):
+                box = multi_scale_crop(rng, height, width, self.crop_scales)
+                clip = crop_resize(frames[k * self.num_frames:(k + 1) * self.num_frames], box, *self.size)
+                clips.append(clip.flip(2) if self.flip and rng.random() < 0.5 else clip)
+        return torch.stack(clips) if self.repeat_aug > 1 else clips[0][None]
 
     def __getitem__(self, key):
         epoch, index = key
@@ -590,7 +281,7 @@ class FinetuneClips(PretrainClips):
 
     def load(self, index: int, rng):
         """-> clips, labels, boxes as above; VideoError when the file cannot be read."""
-        with VideoReader(self.paths[index], self.reduced) as video:
+        with open_video(self.paths[index], self.reduced) as video:
             frames = timeline(video.times, self.fps)
             if self.sampling == "sparse":
                 indices = sample_sparse(rng, len(frames), self.num_frames)
@@ -893,8 +584,10 @@ def check_file(job: tuple[str, bool]) -> tuple[str, int, str | None]:
     """(path, decode all?) -> path, number of frames, what is wrong (None: nothing)."""
     path, full = job
     try:
-        with VideoReader(path) as video:
+        with open_video(path) as video:
             n = len(video)
+            if isinstance(video, prepared.PreparedVideo):
+                video.check()
             step = 64  # a long video is not held in memory whole
             for i in range(0, n, step) if full else (0,):
                 video.frames(range(i, min(i + step, n)) if full else np.linspace(0, n - 1, 3).astype(int))
@@ -909,8 +602,12 @@ def check_main(args):
     if args.num_workers < 1:
         raise ValueError(f"--num_workers {args.num_workers}: expected at least 1")
     start, bad, total, failed = time.time(), set(), 0, 0
-    with multiprocessing.get_context("spawn").Pool(args.num_workers) as pool:
-        results = pool.imap_unordered(check_file, [(p, args.full) for p in paths], 4)
+    with contextlib.ExitStack() as stack:
+        jobs = [(path, args.full) for path in paths]
+        results = map(check_file, jobs)
+        if args.num_workers > 1:
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(args.num_workers))
+            results = pool.imap_unordered(check_file, jobs, 4)
         for done, (path, n, wrong) in enumerate(results, 1):
             total += n
             if wrong:
@@ -926,6 +623,24 @@ def check_main(args):
     if args.write_good:
         write_list(args.write_good, [(p, l) for p, l in zip(paths, labels) if p not in bad])
     return 1 if bad else 0
+
+
+# ---- python data.py prepare ----
+
+def prepare_main(args):
+    """Decodes and stores a whole list once, see prepared.py."""
+    lowest = dict(sampling_rate=1, short_side=1, shard_videos=1, num_workers=1)
+    for name, low in lowest.items():
+        if getattr(args, name) < low:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected at least {low}")
+    if not 2 <= args.quality <= 31:
+        raise ValueError(f"--quality {args.quality}: expected 2 (best) to 31")
+    if os.path.isdir(args.source) and prepared.is_prepared(args.source):
+        raise ValueError(f"{args.source}: is a prepared set itself")
+    paths, labels = read_videos(args.source, args.data_root)
+    settings = {k: getattr(args, k) for k in ("form", "sampling_rate", "short_side", "quality", "shard_videos")}
+    if prepared.prepare(list(zip(paths, labels)), args.out, settings, args.num_workers, args.dry_run):
+        print(f"--data {args.out} takes the place of {args.source}")
 
 
 def main(argv=None) -> int | None:
@@ -955,9 +670,22 @@ def main(argv=None) -> int | None:
     split.add_argument("--group", help="regular expression: videos whose paths match it alike stay on one side "
                                        "(one scene, one person, one source video)")
     split.add_argument("--seed", default=0, type=int)
+    ready = commands.add_parser("prepare", help="decode a data set once into shards that train without decoding")
+    ready.add_argument("source", help="a list file or a folder")
+    ready.add_argument("out", help="the folder to write; then given as --data")
+    ready.add_argument("--data_root", default="", help="goes before relative paths of a list")
+    ready.add_argument("--form", default="raw", choices=prepared.FORMS,
+                       help="raw: pixels, the fastest; compact: a JPEG per frame, a tenth of the size")
+    ready.add_argument("--sampling_rate", default=4, type=int, help="keep every N-th frame (1: all)")
+    ready.add_argument("--short_side", default=256, type=int, help="pixels; smaller frames stay as they are")
+    ready.add_argument("--quality", default=2, type=int, help="compact: JPEG quantiser, 2 (best) to 31")
+    ready.add_argument("--shard_videos", default=16, type=int, help="videos per shard, and per unit of work")
+    ready.add_argument("--num_workers", default=os.cpu_count(), type=int, help="processes")
+    ready.add_argument("--dry_run", action="store_true", help="only say how large it would be")
     commands.add_parser("toy", help="write the toy videos to toy/")
     args = parser.parse_args(argv)
-    commands = {"index": index_main, "split": split_main, "check": check_main, "toy": lambda args: make_toy()}
+    commands = {"index": index_main, "split": split_main, "check": check_main, "prepare": prepare_main,
+                "toy": lambda args: make_toy()}
     return commands[args.command](args)
 
 

@@ -429,7 +429,7 @@ def lr_at(step: int, peak: float, floor: float, warmup: int, total: int) -> floa
 
 def movie_size(path: str) -> tuple[int, int]:
     """(height, width) of a movie's upright frames."""
-    with data.MovieReader(path) as movie:
+    with data.open_movie(path) as movie:
         return movie.at([0.0])[0].shape[1:3]
 
 

@@ -75,6 +75,8 @@ class TestVideos(torch.utils.data.Dataset):
     def __init__(self, paths, num_frames, size, stride=4, fps=None, sampling="dense", num_segments=1):
         self.paths, self.num_frames, self.size, self.stride, self.fps = paths, num_frames, size, stride, fps
         self.sampling, self.num_segments = sampling, num_segments
+        if sampling == "dense" and not fps:
+            data.prepared.check_stride(paths, stride)
 
     def __len__(self):
         return len(self.paths)
@@ -103,7 +105,7 @@ class TestVideos(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int):
         try:
-            with data.VideoReader(self.paths[i], self.fit) as video:
+            with data.open_video(self.paths[i], self.fit) as video:
                 return i, *self.clips(video), None
         except data.VideoError as e:
             return i, torch.empty(0), torch.empty(0), str(e)
@@ -393,7 +395,7 @@ def predict(args, model, classes, paths, videos, device, say):
     for path in paths:
         say(path)
         try:
-            with data.VideoReader(path, videos.fit) as video:
+            with data.open_video(path, videos.fit) as video:
                 seconds, windows = video.times[-1] - video.times[0], [(0.0, math.inf)]
                 if args.window:
                     starts = np.arange(0, max(seconds, 1e-9), args.hop or args.window).tolist()
@@ -422,7 +424,7 @@ def write_features(args, model, paths, videos, device, say):
     bad, span = 0, videos.num_frames
     for number, path in enumerate(paths):
         try:
-            with data.VideoReader(path, videos.fit) as video:
+            with data.open_video(path, videos.fit) as video:
                 order = data.timeline(video.times, videos.fps)
                 if videos.sampling == "sparse":  # one clip, spread over the whole video
                     order = order[view_indices(len(order), span, 1, "sparse", 1)[0]]
@@ -456,7 +458,7 @@ def draw(args, model, classes, paths, videos, device, say):
     bad = 0
     for number, path in enumerate(paths):
         try:
-            with data.VideoReader(path, videos.fit) as video:
+            with data.open_video(path, videos.fit) as video:
                 clip = cut(*videos.clips(video), videos.size, 1).to(device)  # (1, T, H, W, C)
         except data.VideoError as e:
             bad += 1

@@ -17,12 +17,14 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import types
 import unittest.mock
 from fractions import Fraction
 
@@ -34,6 +36,7 @@ import torch.nn.functional as F
 import augment
 import ava
 import data
+import decode
 import detect_ava
 import finetune
 import masking
@@ -773,9 +776,9 @@ def odd_files():
 def test_decoding_is_frame_exact():
     """Any frames in any order of every kind of file are the right ones as presented, from memory and by seeking."""
     rng = np.random.default_rng(0)
-    keep = data.KEEP_PACKETS
+    keep = decode.KEEP_PACKETS
     try:
-        for data.KEEP_PACKETS in (keep, 0):
+        for decode.KEEP_PACKETS in (keep, 0):
             for kind, path in odd_files().items():
                 with data.VideoReader(path) as video:
                     assert len(video) == 40, (kind, len(video))
@@ -784,7 +787,7 @@ def test_decoding_is_frame_exact():
                         assert (got == np.array(wanted)).all(), (kind, list(wanted), got)
                     assert (np.diff(video.times) > 0).all(), kind
     finally:
-        data.KEEP_PACKETS = keep
+        decode.KEEP_PACKETS = keep
 
 
 @test
@@ -1133,6 +1136,163 @@ def test_finetuning_clips():
         assert a[1].tolist()[::2] == a[1].tolist()[1::2] and not torch.equal(a[0][0], a[0][1])
     small_side = data.FinetuneClips(paths, [0] * 12, max_side=20).reduced
     assert small_side(40, 60) == (20, 30) and small_side(18, 60) == (18, 60)
+
+
+# ---------------------------------------------------------------- prepared.py
+
+def prepare(name, source, *args):
+    """Runs `data.py prepare` -> the folder it wrote, its output."""
+    out = os.path.join(TMP, name)
+    return out, call(data, "prepare", source, out, "--num_workers", 1, *args)
+
+
+def checked(folder):
+    """What `data.py check` says of a set with failures."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert data.main(["check", folder, "--num_workers", "1"]) == 1
+    return out.getvalue()
+
+
+@functools.cache
+def prepared_files():
+    """A list of the odd files (and a broken one, and a labelled missing one) -> list, {(form, rate): set}."""
+    listed = os.path.join(TMP, "odd list.tsv")
+    broken = os.path.join(TMP, "half.mp4")
+    open(broken, "wb").write(open(odd_files()["no B-frames"], "rb").read()[:3000])
+    rows = [*odd_files().values(), broken, os.path.join(TMP, "gone, away.mp4")]
+    data.write_list(listed, [(path, f"class {i % 3}") for i, path in enumerate(rows)])
+    return listed, {(form, rate): prepare(f"set_{form}_{rate}", listed, "--form", form, "--sampling_rate", rate,
+                                          "--shard_videos", 4)[0]
+                    for form, rate in (("raw", 1), ("raw", 3), ("compact", 3))}
+
+
+@test
+def test_prepared_sets_read_like_their_files():
+    """Every frame of every kind of file is the kept one not after it; times, labels, failures are the files' own."""
+    listed, sets = prepared_files()
+    paths, labels = data.read_videos(listed)
+    for (form, rate), folder in sets.items():
+        inside, same = data.read_videos(folder)
+        assert same == labels and inside == [f"{folder}::{path}" for path in paths]
+        for path, stored in zip(paths[:-2], inside):
+            with data.open_video(path) as video, data.open_video(stored) as ready:
+                assert len(ready) == 40 and (ready.times == video.times).all()
+                wanted = [17, 3, 3, 39, *range(40)]
+                kept = video.frames([i - i % rate for i in wanted])
+                if form == "raw":
+                    assert (ready.frames(wanted) == kept).all(), path
+                else:
+                    error = (ready.frames(wanted).astype(float) - kept).mean(-1)
+                    # colour has half the resolution: files that have more of it lose it
+                    assert (error ** 2).mean() ** 0.5 < (16 if path.endswith(("444.mp4", "odd.mp4", "gif")) else 3)
+                    assert (numbers(ready.frames(wanted)) == numbers(kept)).all()
+                with raises(stored, "0..40 wanted, it has 40"):
+                    ready.frames([0, 40])
+        for path, why in ((inside[-2], "half.mp4"), (inside[-1], "no such file")):
+            with raises(path, "when the set was prepared", why):
+                data.open_video(path)
+    movie = odd_files()["non-zero start"]
+    with data.open_movie(movie) as video, data.open_movie(f"{sets['raw', 1]}::{movie}") as ready:
+        times = np.array([[-1, 0.41], [0.9, 3]])
+        for a, b in zip(video.at(times), ready.at(times)):
+            assert (a == b).all()
+        with raises("ends at 1.56 s", "from 9.00"):
+            ready.at([9, 10])
+
+
+@test
+def test_clips_of_a_prepared_set_are_those_of_its_files():
+    """Pre-training and fine-tuning clips, test views and a whole fine-tuning run are bit-identical."""
+    listed, sets = prepared_files()
+    (paths, _), (inside, _) = data.read_videos(listed), data.read_videos(sets["raw", 1])
+    for make in (lambda p: data.PretrainClips(p, 4, (32, 32), 3, repeat_aug=2, flip=True),
+                 lambda p: data.PretrainClips(p, 4, (32, 32), fps=10),
+                 lambda p: data.FinetuneClips(p, [0] * len(p), 4, (32, 32), 3, max_side=40),
+                 lambda p: data.FinetuneClips(p, [0] * len(p), 4, (32, 32), sampling="sparse", repeat_aug=2),
+                 lambda p: evaluate.TestVideos(p, 4, (32, 32), 3, num_segments=3)):
+        files, ready = make(paths), make(inside)
+        for i in (0, 3, 4, 12):
+            key = i if isinstance(files, evaluate.TestVideos) else (1, i)
+            a, b = (torch.utils._pytree.tree_leaves(x[key]) for x in (files, ready))
+            for x, y in zip(a, b, strict=True):
+                assert torch.equal(x, y) if torch.is_tensor(x) else x == y
+    train, val = (prepare(f"set_of_{os.path.basename(p)}", p, "--sampling_rate", 1)[0] for p in labelled())
+    by_file = tune("by_file", "--batch_size", 4)[1]["model"]
+    for a, b in zip(by_file.values(),
+                    tune("by_set", "--batch_size", 4, "--data", train, "--val_data", val)[1]["model"].values()):
+        assert torch.equal(a, b)
+    # a clip of every 3rd frame starts at a kept one
+    square = write("square.mp4", numbered(40, 96, 96), g=12)
+    every_third = data.read_videos(prepare("set_square", square, "--sampling_rate", 3)[0])[0]
+    clips = [data.PretrainClips(p, 4, (96, 96), 3, crop_scales=[1]) for p in ([square], every_third)]
+    for seed in range(5):
+        files, ready = (numbers(c.load(0, np.random.default_rng(seed))[0].numpy()) for c in clips)
+        assert (ready == files - files % 3).all() and (np.diff(files) == 3).all()
+
+
+@test
+def test_preparing_goes_on_after_a_kill():
+    """SIGKILL after the first shards; the same command ends with the bytes of a run that nobody killed."""
+    listed, sets = prepared_files()
+    whole, out = sets["compact", 3], os.path.join(TMP, "set_killed")
+    args = ["--form", "compact", "--sampling_rate", 3, "--shard_videos", 4]
+    process = start("data.py", "prepare", listed, out, "--num_workers", 1, *args)
+    while not os.path.exists(os.path.join(out, "000000.compact.json")):
+        time.sleep(0.01)
+        assert process.poll() is None
+    kill_tree(process.pid)
+    process.communicate()
+    assert not os.path.exists(os.path.join(out, "index.json"))
+    with raises("has not finished"):
+        data.read_videos(out)
+    text = prepare("set_killed", listed, *args)[1]
+    assert "from before" in text and "2 not readable" in text and "gone, away.mp4: no such file" in text
+    for name in ("index.json", *(f"00000{i}.compact" for i in range(5))):
+        assert open(os.path.join(out, name), "rb").read() == open(os.path.join(whole, name), "rb").read(), name
+    assert not [f for f in os.listdir(out) if f.endswith(".part")]
+
+
+@test
+def test_damaged_and_misused_sets():
+    """Changed bytes and missing shards are named by `check`; other flags, strides, full disks are refused."""
+    listed, sets = prepared_files()
+    folder = os.path.join(TMP, "set_damaged")
+    shutil.copytree(sets["raw", 3], folder)
+    with open(os.path.join(folder, "000001.raw"), "r+b") as f:
+        f.seek(12345)
+        f.write(bytes([f.read(1)[0] ^ 1]))
+    os.truncate(os.path.join(folder, "000002.raw"), 1000)
+    os.remove(os.path.join(folder, "000003.raw"))
+    text = checked(folder)
+    assert text.count("(checksum)") == 1 and "000001.raw" in text and text.count("is cut off") == 4
+    assert text.count("000003.raw: shard cannot be read") == 4 and "7 of 18 files can be read" in text
+    prepare("set_damaged", listed, "--form", "raw", "--sampling_rate", 3, "--shard_videos", 4)  # as the message says
+    assert "15 of 18 files can be read" in checked(folder)
+    os.remove(os.path.join(folder, "000001.raw"))
+    prepare("set_damaged", listed, "--form", "raw", "--sampling_rate", 3, "--shard_videos", 4)
+    assert "16 of 18 files can be read" in checked(folder)
+    for args, words in ((("--sampling_rate", 2), ("sampling_rate is 3, not 2", "choose another folder")),
+                        (("--sampling_rate", 0), ("--sampling_rate 0: expected at least 1",)),
+                        (("--quality", 1), ("--quality 1: expected 2",)),
+                        (("--shard_videos", 4, "--short_side", 99), ("short_side is 256, not 99",))):
+        said = mistake(data, "prepare", listed, folder, *args)
+        assert all(word in said for word in words), said
+    assert "expected a new or empty folder" in mistake(data, "prepare", listed, toy_videos())
+    assert "is a prepared set itself" in mistake(data, "prepare", folder, os.path.join(TMP, "again"))
+    usage, shutil.disk_usage = shutil.disk_usage, lambda path: types.SimpleNamespace(free=10 ** 5)
+    try:
+        assert "would not fit into 0.1 MB" in mistake(data, "prepare", listed, os.path.join(TMP, "large"))
+    finally:
+        shutil.disk_usage = usage
+    text = call(data, "prepare", listed, os.path.join(TMP, "dry"), "--dry_run", "--sampling_rate", 1)
+    size = sum(os.path.getsize(os.path.join(sets["raw", 1], f"00000{i}.raw")) for i in range(5))
+    said = float(re.search(r"raw about ([\d.]+) MB", text)[1])
+    assert 0.8 < said / (size / 1e6) < 1.4 and not os.path.exists(os.path.join(TMP, "dry"))
+    inside = data.read_videos(folder)[0]
+    for make in (data.PretrainClips, evaluate.TestVideos):
+        with raises("keeps 1 frame in 3", "--sampling_rate 4", "multiple of 3"):
+            make(inside, 4, (32, 32), 4)
+        make(inside, 4, (32, 32), 4, sampling="sparse")
 
 
 # ---------------------------------------------------------------- pretrain.py
