@@ -310,6 +310,56 @@ def collate(samples: list):
     return torch.cat(items) if torch.is_tensor(items[0]) else tuple(map(torch.cat, zip(*items))), bad
 
 
+SIDE_STREAMS: dict = {}
+
+
+def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor from the loader on its way to the device; on CUDA its copy overlaps with the step before.
+
+    There the copy has a stream of its own, so it does not queue behind the kernels that the host has launched already.
+    """
+    if device.type != "cuda":
+        return x.to(device)
+    side = SIDE_STREAMS.setdefault(device, torch.cuda.Stream(device))
+    with torch.cuda.stream(side):
+        x = x.to(device, non_blocking=True)
+    torch.cuda.current_stream(device).wait_stream(side)
+    x.record_stream(torch.cuda.current_stream(device))
+    return x
+
+
+class Waiting:
+    """How long the device had nothing to do because a batch was not there: `with waiting: batch = next(loader)`.
+
+    The host runs ahead of a GPU and may wait for data while that still works. There the gap between the last kernel
+    before the wait and the first one after it counts, if it is shorter than the host's wait.
+    """
+
+    def __init__(self, device: torch.device):
+        self.cuda, self.waits = device.type == "cuda", []
+
+    def event(self):
+        event = torch.cuda.Event(enable_timing=True) if self.cuda else None
+        if event:
+            event.record()
+        return event
+
+    def __enter__(self):
+        self.before, self.start = self.event(), time.perf_counter()
+
+    def __exit__(self, *exc):
+        self.waits.append((time.perf_counter() - self.start, self.before, self.event()))
+
+    def seconds(self) -> float:
+        """The sum since the last call; on CUDA this waits for the start of the last step."""
+        if self.cuda and self.waits:
+            self.waits[-1][2].synchronize()
+        total = sum(min(host, before.elapsed_time(after) / 1000) if before else host
+                    for host, before, after in self.waits)
+        self.waits = []
+        return total
+
+
 class Batches:
     """Batch sampler without end-of-epoch gaps: the permutations of all epochs one after the other, cut into batches.
 
@@ -638,7 +688,8 @@ def prepare_main(args):
     if os.path.isdir(args.source) and prepared.is_prepared(args.source):
         raise ValueError(f"{args.source}: is a prepared set itself")
     paths, labels = read_videos(args.source, args.data_root)
-    settings = {k: getattr(args, k) for k in ("form", "sampling_rate", "short_side", "quality", "shard_videos")}
+    settings = dict(form=args.form, sampling_rate=args.sampling_rate, short_side=args.short_side,
+                    quality=args.quality, shard_videos=args.shard_videos)
     if prepared.prepare(list(zip(paths, labels)), args.out, settings, args.num_workers, args.dry_run):
         print(f"--data {args.out} takes the place of {args.source}")
 

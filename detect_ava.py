@@ -858,7 +858,7 @@ def main():
     if val_frames and (passed(first_step) > passed(tested) or tested < first_step == total_steps):
         validate(first_step)  # the run was stopped before this one
         save(first_step)
-    waited, clock, logged = 0.0, time.time(), first_step
+    waiting, clock, logged = data.Waiting(device), time.time(), first_step
     model.train()
     stream = iter(loader)
     step = first_step
@@ -867,16 +867,15 @@ def main():
             group["lr"] = lr_at(step, lr, min_lr, warmup_steps, total_steps) * group["lr_scale"]
         torch.manual_seed(zlib.crc32(f"{args.seed} {step} {rank}".encode()))  # drop path
         for micro in range(args.accum_steps):
-            t = time.time()
-            batch, bad = next(stream)
-            waited += time.time() - t
+            with waiting:
+                batch, bad = next(stream)
             for path, why in bad:
                 note_bad(path, why)
             reads, bad_reads = reads + args.batch_size + len(bad), bad_reads + len(bad)
             if batch is None:
                 raise ValueError(f"10 key frames in a row could not be read, the last: {bad[-1][1]}")
             index = torch.repeat_interleave(batch[3])  # (R,): the clip of each box
-            video, boxes, label, index, shift = (x.to(device, non_blocking=True)
+            video, boxes, label, index, shift = (data.send(x, device)
                                                  for x in (*batch[:3], index, batch[4]))
             if any(args.color_jitter):
                 video = augment.hsv_shift(to_unit(video), shift)  # (B, T, H, W, C)
@@ -912,12 +911,13 @@ def main():
             dist.all_reduce(stopping, dist.ReduceOp.MAX, group=control)
         if step % args.log_every == 0 or step == total_steps or stopping:
             stats = torch.stack([loss_sum, boxes_sum]).float()
-            tally = torch.tensor([reads, bad_reads, waited], dtype=torch.float64)
+            tally = torch.tensor([reads, bad_reads] + [0.0] * world, dtype=torch.float64)
+            tally[2 + rank] = waiting.seconds()
             if world > 1:
                 dist.all_reduce(stats)
                 dist.all_reduce(tally, group=control)
             loss_total, box_count = stats.tolist()
-            all_reads, all_bad, all_waited = tally.tolist()
+            all_reads, all_bad, *waited = tally.tolist()
             seconds_passed = time.time() - clock
             memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(
                 resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -925,7 +925,7 @@ def main():
                        lr=max(g["lr"] for g in optimizer.param_groups), grad_norm=grad_norm.item(),
                        epoch=step * global_batch / len(frames),
                        clips_per_s=(step - logged) * global_batch / seconds_passed,
-                       waiting=all_waited / world / seconds_passed, memory_gb=memory / 2**30,
+                       waiting=max(waited) / seconds_passed, memory_gb=memory / 2**30,
                        seconds_left=(total_steps - step) * seconds_passed / max(step - logged, 1),
                        bad_reads=int(all_bad), skipped_steps=int(skipped))
             if rank == 0:
@@ -946,7 +946,7 @@ def main():
                                  f"{args.max_bad}: see {bad_file}")
             loss_sum.zero_()
             boxes_sum.zero_()
-            waited, clock, logged = 0.0, time.time(), step
+            clock, logged = time.time(), step
         if val_frames and not stopping and (step == total_steps or passed(step) > passed(step - 1)):
             t = time.time()
             validate(step)

@@ -481,7 +481,7 @@ def main():
     if val_paths and (passed(first_step) > passed(validated) or validated < first_step == total_steps):
         validate(first_step)  # the run was stopped before this one
         save(first_step)
-    waited, clock, logged = 0.0, time.time(), first_step
+    waiting, clock, logged = data.Waiting(device), time.time(), first_step
     model.train()
     stream = iter(loader)
     step = first_step
@@ -490,15 +490,14 @@ def main():
             group["lr"] = lr_at(step, lr, min_lr, warmup_steps, total_steps) * group["lr_scale"]
         torch.manual_seed(zlib.crc32(f"{args.seed} {step} {rank}".encode()))  # drop path, dropout, erasing's noise
         for micro in range(args.accum_steps):
-            t = time.time()
-            batch, bad = next(stream)
-            waited += time.time() - t
+            with waiting:
+                batch, bad = next(stream)
             for path, why in bad:
                 note_bad(path, why)
             reads, bad_reads = reads + args.batch_size + len(bad), bad_reads + len(bad)
             if batch is None:
                 raise ValueError(f"10 videos in a row could not be read, the last: {bad[-1][1]}")
-            video, label, boxes = (x.to(device, non_blocking=True) for x in batch)  # (B, T, H, W, C) uint8, (B), (B, 4)
+            video, label, boxes = (data.send(x, device) for x in batch)  # (B, T, H, W, C) uint8, (B), (B, 4)
             draw = np.random.default_rng([args.seed, step, micro * world + rank])
             if args.reprob or args.mixup or args.cutmix:  # dense work, on the device and in float
                 video = to_unit(video)
@@ -539,20 +538,21 @@ def main():
             dist.all_reduce(stopping, dist.ReduceOp.MAX, group=control)
         if step % args.log_every == 0 or step == total_steps or stopping:
             stats = torch.stack([loss_sum, finite]).float()
-            tally = torch.tensor([reads, bad_reads, waited], dtype=torch.float64)
+            tally = torch.tensor([reads, bad_reads] + [0.0] * world, dtype=torch.float64)
+            tally[2 + rank] = waiting.seconds()
             if world > 1:
                 dist.all_reduce(stats)
                 dist.all_reduce(tally, group=control)
             loss_total, finite_batches = stats.tolist()
             loss = loss_total / finite_batches if finite_batches else math.nan
-            all_reads, all_bad, all_waited = tally.tolist()
+            all_reads, all_bad, *waited = tally.tolist()
             seconds = time.time() - clock
             memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(
                 resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
             row = dict(step=step, loss=loss, lr=max(g["lr"] for g in optimizer.param_groups),
                        grad_norm=grad_norm.item(), epoch=step * global_batch / len(paths),
                        clips_per_s=(step - logged) * global_batch * args.repeat_aug / seconds,
-                       waiting=all_waited / world / seconds, memory_gb=memory / 2**30,
+                       waiting=max(waited) / seconds, memory_gb=memory / 2**30,
                        seconds_left=(total_steps - step) * seconds / max(step - logged, 1),
                        bad_reads=int(all_bad), skipped_steps=int(skipped))
             if rank == 0:
@@ -573,7 +573,7 @@ def main():
                                  f"{args.max_bad}: see {bad_file}; `python data.py check` lists all")
             loss_sum.zero_()
             finite.zero_()
-            waited, clock, logged = 0.0, time.time(), step
+            clock, logged = time.time(), step
         if val_paths and not stopping and (step == total_steps or passed(step) > passed(step - 1)):
             t = time.time()
             validate(step)

@@ -402,7 +402,7 @@ def main():
     reads = bad_reads = 0
     bad_file = os.path.join(args.out_dir, "bad_videos.txt")
     bad_seen = {row.split("\t")[0] for row in open(bad_file)} if os.path.exists(bad_file) else set()
-    waited, clock, logged = 0.0, time.time(), first_step
+    waiting, clock, logged = data.Waiting(device), time.time(), first_step
     model.train()
     stream = iter(loader)
     step = first_step
@@ -418,9 +418,8 @@ def main():
             decoder_masks = masking.make_mask("running_cell", clips_in_all, raw_model.grid, args.decoder_mask_ratio,
                                               generator, device)
         for micro in range(args.accum_steps):
-            t = time.time()
-            video, bad = next(stream)
-            waited += time.time() - t
+            with waiting:
+                video, bad = next(stream)
             for path, why in bad:
                 if path not in bad_seen:
                     bad_seen.add(path)
@@ -429,7 +428,7 @@ def main():
             reads, bad_reads = reads + args.batch_size + len(bad), bad_reads + len(bad)
             if video is None:
                 raise ValueError(f"10 videos in a row could not be read, the last: {bad[-1][1]}")
-            video = video.to(device, non_blocking=True)  # (B, T, H, W, C) uint8
+            video = data.send(video, device)  # (B, T, H, W, C) uint8
             rows = slice((micro * world + rank) * len(video), (micro * world + rank + 1) * len(video))
             mask, decoder_mask = masks[rows], None if decoder_masks is None else decoder_masks[rows]
             sync = contextlib.nullcontext() if world == 1 or micro == args.accum_steps - 1 else model.no_sync()
@@ -462,19 +461,20 @@ def main():
         if step % args.log_every == 0 or step == total_steps or stopping:
             zeros, mean = baselines(raw_model, video, mask)
             stats = torch.stack([loss_sum, finite, zeros, mean]).float()
-            counts = torch.tensor([reads, bad_reads, waited], dtype=torch.float64)
+            counts = torch.tensor([reads, bad_reads] + [0.0] * world, dtype=torch.float64)
+            counts[2 + rank] = waiting.seconds()
             if world > 1:
                 dist.all_reduce(stats)
                 dist.all_reduce(counts, group=control)
             loss_total, finite_batches, zeros, mean = (stats / world).tolist()
             loss = loss_total / finite_batches if finite_batches else math.nan
-            all_reads, all_bad, all_waited = counts.tolist()
+            all_reads, all_bad, *waited = counts.tolist()
             seconds = time.time() - clock
             memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(
                 resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
             row = dict(step=step, loss=loss, zeros=zeros, visible_mean=mean, lr=optimizer.param_groups[0]["lr"],
                        grad_norm=grad_norm.item(), epoch=step * global_batch / len(paths),
-                       clips_per_s=(step - logged) * clips_in_all / seconds, waiting=all_waited / world / seconds,
+                       clips_per_s=(step - logged) * clips_in_all / seconds, waiting=max(waited) / seconds,
                        memory_gb=memory / 2**30, seconds_left=(total_steps - step) * seconds / (step - logged),
                        bad_reads=int(all_bad), skipped_steps=int(skipped))
             if rank == 0:
@@ -495,7 +495,7 @@ def main():
                                  f"{args.max_bad}: see {bad_file}; `python data.py check` lists all")
             loss_sum.zero_()
             finite.zero_()
-            waited, clock, logged = 0.0, time.time(), step
+            clock, logged = time.time(), step
         if step % args.save_every == 0 or step == total_steps or stopping:
             save(step)
         if stopping:

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 
 import augment
 import ava
+import bench
 import data
 import decode
 import detect_ava
@@ -1026,6 +1027,30 @@ def test_batches():
 
 
 @test
+def test_waiting_for_data():
+    """On a CPU the time in the loader counts; on a GPU only what its kernels had to wait for, by its own clock."""
+    cpu = data.Waiting(torch.device("cpu"))
+    for _ in range(2):
+        with cpu:
+            time.sleep(0.05)
+    assert 0.1 <= cpu.seconds() < 0.2 and cpu.seconds() == 0
+    busy_until = [0.0]  # of a pretended device, in seconds of the host's clock
+
+    class Event:
+        def __init__(self, enable_timing): assert enable_timing
+        def record(self): self.at = max(time.perf_counter(), busy_until[0])
+        def elapsed_time(self, later): return 1000 * (later.at - self.at)
+        def synchronize(self): pass
+    with unittest.mock.patch.object(torch.cuda, "Event", Event):
+        gpu = data.Waiting(torch.device("cuda"))
+        for work, wait in ((0.0, 0.04), (0.03, 0.05), (0.2, 0.05)):  # queued before the wait: idle for .04, .02, 0 s
+            busy_until[0] = time.perf_counter() + work
+            with gpu:
+                time.sleep(wait)
+        assert 0.06 <= gpu.seconds() < 0.09, "the device's own idle time"
+
+
+@test
 def test_bad_videos_are_replaced_and_named():
     """A broken file is reported and gives way to another, drawn from (seed, epoch, index); ten in a row give None."""
     paths, _ = data.read_videos(toy_videos())
@@ -1883,6 +1908,26 @@ def test_eval_mistakes():
     open(bad, "w").write(open(listed).read().replace("\ta", "\tzebra"))
     text = run("eval.py", "--ckpt", ckpt, "--data", bad, ok=False)
     assert "zebra" in text and "a, b, c" in text and "Traceback" not in text
+
+
+# ---------------------------------------------------------------- bench.py
+
+@test
+def test_bench_compares_like_with_like():
+    """Spelt-out attention computes the same; a row's flops are three times two times the matmuls of a forward pass."""
+    model = small()
+    video, mask = clips(model), mask_for(model)
+    loss = model(video, mask)[0]
+    for m in model.modules():
+        if isinstance(m, bench.Attention):
+            m.forward = types.MethodType(bench.plain_attention, m)
+    assert abs(model(video, mask)[0] - loss) < 1e-5
+    row = bench.ROW | dict(model="tiny", batch_size=2, num_frames=4, img_size=32, mask_ratio=0.5)
+    classifier = VideoClassifier(400, size="tiny", num_frames=4, img_size=32)
+    for task, plain in (("pretrain", VideoMAE("tiny", 4, 32)), ("finetune", classifier)):
+        step, flops = bench.training_step(row | dict(task=task), torch.device("cpu"))
+        assert flops == 6 * 2 * (forward_macs(plain, 4, 4) if task == "pretrain" else forward_macs(plain))
+        assert step() > step() > 0
 
 
 # ---------------------------------------------------------------- all scripts
