@@ -14,7 +14,6 @@ import argparse
 import atexit
 import contextlib
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -32,7 +31,7 @@ import torch.nn.functional as F
 
 import prepared
 from augment import erase_box, rand_augment, random_resized_crop
-from decode import MovieReader, VideoError, VideoReader, nearest, resize, short_side
+from decode import MovieReader, VideoError, VideoReader, nearest, resize, short_side  # some of it for the stages
 from prepared import open_movie, open_video
 
 VIDEO_EXT = tuple(".mp4 .mkv .webm .avi .mov .mpg .mpeg .m4v .wmv .flv .3gp .ts .ogv .gif .mts .m2ts .vob .mxf .ogg "
@@ -685,9 +684,10 @@ def prepare_main(args):
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least {low}")
     if not 2 <= args.quality <= 31:
         raise ValueError(f"--quality {args.quality}: expected 2 (best) to 31")
-    if os.path.isdir(args.source) and prepared.is_prepared(args.source):
-        raise ValueError(f"{args.source}: is a prepared set itself")
     paths, labels = read_videos(args.source, args.data_root)
+    inside = [path for path in paths if prepared.in_set(path)]
+    if inside:
+        raise ValueError(f"{inside[0]}: is prepared already; expected a list or folder of files")
     settings = dict(form=args.form, sampling_rate=args.sampling_rate, short_side=args.short_side,
                     quality=args.quality, shard_videos=args.shard_videos)
     if prepared.prepare(list(zip(paths, labels)), args.out, settings, args.num_workers, args.dry_run):

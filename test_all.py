@@ -1303,7 +1303,7 @@ def test_damaged_and_misused_sets():
         said = mistake(data, "prepare", listed, folder, *args)
         assert all(word in said for word in words), said
     assert "expected a new or empty folder" in mistake(data, "prepare", listed, toy_videos())
-    assert "is a prepared set itself" in mistake(data, "prepare", folder, os.path.join(TMP, "again"))
+    assert "is prepared already" in mistake(data, "prepare", folder, os.path.join(TMP, "again"))
     usage, shutil.disk_usage = shutil.disk_usage, lambda path: types.SimpleNamespace(free=10 ** 5)
     try:
         assert "would not fit into 0.1 MB" in mistake(data, "prepare", listed, os.path.join(TMP, "large"))
