@@ -191,7 +191,7 @@ def jpeg_encoder(height: int, width: int, quality: int) -> av.CodecContext:
 def encode(codec, rgb: np.ndarray) -> bytes:
     """(H, W, 3) uint8 -> one JPEG."""
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), "rgb24")
-    frame = frame.reformat(format="yuvj420p", dst_color_range="JPEG", interpolation="BICUBIC", threads=1)
+    frame = frame.reformat(format="yuvj420p", interpolation="BICUBIC", threads=1)
     packet, = codec.encode(frame)
     return bytes(packet)
 

@@ -41,6 +41,7 @@ import decode
 import detect_ava
 import finetune
 import masking
+import prepared
 import pretrain
 import weights
 from model import (SIZES, Encoder, HeadwiseAttention, VideoClassifier, VideoMAE, best_dtype, count_params,
@@ -1223,6 +1224,9 @@ def test_prepared_sets_read_like_their_files():
             assert (a == b).all()
         with raises("ends at 1.56 s", "from 9.00"):
             ready.at([9, 10])
+    with data.open_movie(f"{sets['raw', 3]}::{movie}") as ready:  # frames 0, 3, 6, ... are at 0, .12, .24 s
+        frames, place = ready.at([0.05, 0.19, 0.55])
+        assert numbers(frames).tolist() == [0, 6, 15] and place.tolist() == [0, 1, 2]
 
 
 @test
@@ -1253,6 +1257,10 @@ def test_clips_of_a_prepared_set_are_those_of_its_files():
     for seed in range(5):
         files, ready = (numbers(c.load(0, np.random.default_rng(seed))[0].numpy()) for c in clips)
         assert (ready == files - files % 3).all() and (np.diff(files) == 3).all()
+    several = data.PretrainClips([square], 4, (96, 96), 3, crop_scales=[1], repeat_aug=3)
+    rng = np.random.default_rng(0)
+    starts = [data.sample_dense(rng, 40, 4, 3) for _ in range(3)]
+    assert (numbers(several.load(0, np.random.default_rng(0)).flatten(0, 1).numpy()) == np.concatenate(starts)).all()
 
 
 @test
@@ -1313,6 +1321,14 @@ def test_damaged_and_misused_sets():
     size = sum(os.path.getsize(os.path.join(sets["raw", 1], f"00000{i}.raw")) for i in range(5))
     said = float(re.search(r"raw about ([\d.]+) MB", text)[1])
     assert 0.8 < said / (size / 1e6) < 1.4 and not os.path.exists(os.path.join(TMP, "dry"))
+    spoilt = bytearray(open(odd_files()["MJPEG, no key frame structure"], "rb").read())
+    spoilt[len(spoilt) // 2:len(spoilt) * 3 // 4] = bytes(len(spoilt) * 3 // 4 - len(spoilt) // 2)
+    spoilt_file, good = os.path.join(TMP, "spoilt.avi"), odd_files()["no B-frames"]
+    open(spoilt_file, "wb").write(spoilt)
+    data.write_list(os.path.join(TMP, "two.tsv"), [(good, None), (spoilt_file, None)])
+    two, text = prepare("set_two", os.path.join(TMP, "two.tsv"), "--sampling_rate", 1)
+    end = prepared.read_index(two)["videos"][good][5]
+    assert "1 not readable" in text and os.path.getsize(os.path.join(two, "000000.raw")) == end  # nothing of it stays
     inside = data.read_videos(folder)[0]
     for make in (data.PretrainClips, evaluate.TestVideos):
         with raises("keeps 1 frame in 3", "--sampling_rate 4", "multiple of 3"):
