@@ -173,7 +173,7 @@ def about(args, device: torch.device) -> str:
 def compare(rows: dict, args, against: str):
     """Prints time, peak memory and utilisation of {name: row}, and the ratio to the row `against`, if it is there."""
     device = torch.device(args.device)
-    print(f"\n{about(args, device)}, ViT-{next(iter(rows.values()))['model']}")
+    print(f"\n{about(args, device)}, ViT-{next(iter(rows.values()))['model']}; memory first, then time", flush=True)
     context, memory = multiprocessing.get_context("spawn"), {}
     for name, row in rows.items():
         if device.type == "cuda":  # one after the other, while nothing else is there

@@ -78,6 +78,7 @@ def read_videos(source: str, data_root: str = "") -> tuple[list[str], list[str |
     """
     is_media = lambda name: name.lower().endswith(VIDEO_EXT + IMAGE_EXT) and not name.startswith(".")
     if os.path.isdir(source) and prepared.is_prepared(source):
+        source = os.path.normpath(source)
         rows = [(f"{source}::{path}", label) for path, label in prepared.read_index(source)["rows"]]
     elif os.path.isdir(source):
         rows, seen = [], set()
@@ -91,7 +92,7 @@ def read_videos(source: str, data_root: str = "") -> tuple[list[str], list[str |
             rows += [(os.path.join(folder, f), label) for f in sorted(files) if is_media(f)]
         if not rows:
             raise ValueError(f"{source}: no videos in this folder; known endings: {' '.join(VIDEO_EXT + IMAGE_EXT)}")
-    elif os.path.isfile(source) and is_media(os.path.basename(source)):
+    elif prepared.in_set(source) or os.path.isfile(source) and is_media(os.path.basename(source)):
         rows = [(source, None)]
     elif os.path.isfile(source):
         try:
@@ -221,8 +222,7 @@ class PretrainClips(torch.utils.data.Dataset):
         self.paths, self.num_frames, self.size, self.stride, self.fps = paths, num_frames, size, stride, fps
         self.sampling, self.repeat_aug, self.crop_scales = sampling, repeat_aug, crop_scales
         self.flip, self.seed = flip, seed
-        if sampling == "dense" and not fps:
-            prepared.check_stride(paths, stride)
+        prepared.check_stride(paths, stride if sampling == "dense" and not fps else None)
 
     def __len__(self):
         return len(self.paths)
@@ -668,7 +668,8 @@ def check_main(args):
                 print(f"\r{done}/{len(paths)} files, {failed} bad, {rate:.0f} files/s, "
                       f"{(len(paths) - done) / rate:.0f} s left   ", end="", flush=True)
     print(f"\n{len(paths) - failed} of {len(paths)} files can be read, {total} frames; "
-          + ("every frame was decoded" if args.full else "first, middle and last frame were decoded (--full: all)"))
+          + ("every frame was decoded" if args.full else "first, middle and last frame were decoded (--full: all)")
+          + ("; checksums of prepared videos were compared" if any(map(prepared.in_set, paths)) else ""))
     if args.write_good:
         write_list(args.write_good, [(p, l) for p, l in zip(paths, labels) if p not in bad])
     return 1 if bad else 0
@@ -685,13 +686,17 @@ def prepare_main(args):
     if not 2 <= args.quality <= 31:
         raise ValueError(f"--quality {args.quality}: expected 2 (best) to 31")
     paths, labels = read_videos(args.source, args.data_root)
-    inside = [path for path in paths if prepared.in_set(path)]
-    if inside:
-        raise ValueError(f"{inside[0]}: is prepared already; expected a list or folder of files")
     settings = dict(form=args.form, sampling_rate=args.sampling_rate, short_side=args.short_side,
                     quality=args.quality, shard_videos=args.shard_videos)
-    if prepared.prepare(list(zip(paths, labels)), args.out, settings, args.num_workers, args.dry_run):
-        print(f"--data {args.out} takes the place of {args.source}")
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the workers end with this process
+    try:
+        if prepared.prepare(list(zip(paths, labels)), args.out, settings, args.num_workers, args.dry_run):
+            print(f"--data {args.out} takes the place of {args.source}")
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on with what is in {args.out}")
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main(argv=None) -> int | None:
@@ -726,7 +731,7 @@ def main(argv=None) -> int | None:
     ready.add_argument("out", help="the folder to write; then given as --data")
     ready.add_argument("--data_root", default="", help="goes before relative paths of a list")
     ready.add_argument("--form", default="raw", choices=prepared.FORMS,
-                       help="raw: pixels, the fastest; compact: a JPEG per frame, a tenth of the size")
+                       help="raw: pixels, the fastest; compact: a JPEG per frame, a 20th of the size")
     ready.add_argument("--sampling_rate", default=4, type=int, help="keep every N-th frame (1: all)")
     ready.add_argument("--short_side", default=256, type=int, help="pixels; smaller frames stay as they are")
     ready.add_argument("--quality", default=2, type=int, help="compact: JPEG quantiser, 2 (best) to 31")

@@ -75,8 +75,7 @@ class TestVideos(torch.utils.data.Dataset):
     def __init__(self, paths, num_frames, size, stride=4, fps=None, sampling="dense", num_segments=1):
         self.paths, self.num_frames, self.size, self.stride, self.fps = paths, num_frames, size, stride, fps
         self.sampling, self.num_segments = sampling, num_segments
-        if sampling == "dense" and not fps:
-            data.prepared.check_stride(paths, stride)
+        data.prepared.check_stride(paths, stride if sampling == "dense" and not fps else None)
 
     def __len__(self):
         return len(self.paths)

@@ -239,7 +239,8 @@ def main():
     twice = len(paths) - len({os.path.realpath(p) for p in paths})
     if twice:
         say(f"{twice} training videos are listed more than once; with different labels they contradict each other")
-    shared = len({os.path.realpath(p) for p in paths} & {os.path.realpath(p) for p in val_paths})
+    files = [{os.path.realpath(data.prepared.source_of(p)) for p in some} for some in (paths, val_paths)]
+    shared = len(files[0] & files[1])
     if shared:
         say(f"{shared} of the {len(val_paths)} validation videos are also trained on: their accuracy says little")
     sided = [c for c in classes if re.search(r"(?<![a-z])(left|right)(?![a-z])", c.lower().replace("_", " "))]

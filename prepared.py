@@ -41,16 +41,17 @@ def is_prepared(source: str) -> bool:
 
 
 def read_index(folder: str) -> dict:
-    """-> {form, sampling_rate, short_side, ..., rows: [[path, label]], videos: {path: entry}, failed: {path: why}}."""
+    """-> {form, sampling_rate, rows: [[path, label]], videos: {path: entry}, failed: {path: why}} of a finished set."""
     if folder not in INDEXES:
         path = os.path.join(folder, "index.json")
         if not os.path.isfile(path):
             raise ValueError(f"{folder}: preparing it has not finished; `data.py prepare` with the same list goes on")
         try:
             with open(path, encoding="utf-8") as f:
-                INDEXES[folder] = json.load(f)
-        except ValueError as e:
-            raise ValueError(f"{path}: damaged ({e}); prepare the set anew") from None
+                index = json.load(f)
+            INDEXES[folder] = {k: index[k] for k in ("form", "sampling_rate", "rows", "videos", "failed")}
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{path}: damaged ({e!r}); `data.py prepare` with the same list writes it again") from None
     return INDEXES[folder]
 
 
@@ -60,7 +61,7 @@ def shard_bytes(path: str) -> np.ndarray:
         try:
             MAPS[path] = np.asarray(np.memmap(path, np.uint8, "r"))  # a plain array slices faster
         except (OSError, ValueError) as e:
-            raise VideoError(f"{path}: shard cannot be read ({getattr(e, 'strerror', None) or e})") from None
+            raise VideoError(f"{path} cannot be read ({getattr(e, 'strerror', None) or e}); prepare again") from None
         while len(MAPS) > 64:
             MAPS.popitem(last=False)
     return MAPS[path]
@@ -87,11 +88,19 @@ def exists(path: str) -> bool:
     return os.path.exists(path) or in_set(path)
 
 
-def check_stride(paths: list[str], stride: int):
-    """ValueError where clips of this stride (frames) would need frames that a prepared set has not kept."""
+def source_of(path: str) -> str:
+    """The file that a path stands for: PATH of FOLDER::PATH, else itself."""
+    return path.split("::", 1)[1] if in_set(path) else path
+
+
+def check_stride(paths: list[str], stride: int | None):
+    """ValueError where clips of this stride (frames; None: any frames) need some that a prepared set has not kept."""
     for folder in dict.fromkeys(path.split("::")[0] for path in paths if "::" in path):
         kept = read_index(folder)["sampling_rate"] if is_prepared(folder) else 1
-        if stride % kept:
+        if kept > 1 and stride is None:
+            raise ValueError(f"{folder} keeps 1 frame in {kept}: --fps and --sampling sparse may want any; expected "
+                             "a set prepared with `--sampling_rate 1`")
+        if stride and stride % kept:
             raise ValueError(f"{folder} keeps 1 frame in {kept}: --sampling_rate {stride}: expected a multiple of "
                              f"{kept}, or a set prepared with `--sampling_rate {stride}`")
 
@@ -110,7 +119,10 @@ class PreparedVideo:
             raise VideoError(f"{path}: not in this prepared set")
         shard, self.n, self.h, self.w, start, end, self.checksum = index["videos"][name]
         self.shard = os.path.join(folder, shard)
-        self.data = shard_bytes(self.shard)[start:end]
+        try:
+            self.data = shard_bytes(self.shard)[start:end]
+        except VideoError as e:
+            raise VideoError(f"{path}: {e}") from None
         if len(self.data) < end - start:
             raise VideoError(f"{path}: {self.shard} is cut off: remove it and prepare again")
         self.kept = -(-self.n // self.kept_every)
@@ -241,9 +253,11 @@ def write_shard(job: tuple) -> tuple[str, bool]:
         with open(shard + ".json", encoding="utf-8") as about:
             if json.load(about)["bytes"] == os.path.getsize(shard):
                 return name, False
-    videos, failed, part = {}, {}, f"{shard}.{os.getpid()}.part"  # a worker of a killed run may still be at it
-    with open(part, "wb") as f:
+    videos, failed, main = {}, {}, multiprocessing.parent_process()
+    with written(shard, "wb") as f:
         for path in paths:
+            if main and not main.is_alive():  # killed: another run may be at this shard
+                os._exit(1)
             start = f.tell()
             try:
                 videos[path] = [name, *write_video(f, path, settings)]
@@ -252,27 +266,37 @@ def write_shard(job: tuple) -> tuple[str, bool]:
                 f.seek(start)
                 f.truncate()
         size = f.tell()
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, shard)
     write_json(shard + ".json", dict(bytes=size, videos=videos, failed=failed))
     return name, True
 
 
+@contextlib.contextmanager
+def written(path: str, mode: str):
+    """A file that appears at `path` when it is whole; ValueError names it where the disk is full or read-only."""
+    part = f"{path}.{os.getpid()}.part"  # of this process: one of a killed run may still be at it
+    try:
+        with open(part, mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        raise ValueError(f"{path}: cannot be written ({e.strerror}); the same command goes on from "
+                         "what there is") from None
+
+
 def write_json(path: str, content: dict):
-    """Written beside, flushed, renamed."""
-    part = f"{path}.{os.getpid()}.part"
-    with open(part, "w", encoding="utf-8") as f:
+    """Whole or not at all."""
+    with written(path, "w") as f:
         json.dump(content, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
 
 
 def estimate(paths: list[str], settings: dict, samples: int = 12) -> dict | None:
     """{form: bytes per video} from a few videos of the list, of each three frames; None if none of them can be read."""
-    sizes = {form: [] for form in FORMS}
-    for i in np.linspace(0, len(paths) - 1, min(samples, len(paths))).astype(int):
+    sizes, places = {form: [] for form in FORMS}, np.linspace(0, len(paths) - 1, min(samples, len(paths))).astype(int)
+    for i in places:
         try:
             with VideoReader(paths[i], reduce_to(settings["short_side"])) as video:
                 n = len(video)
@@ -283,18 +307,25 @@ def estimate(paths: list[str], settings: dict, samples: int = 12) -> dict | None
         codec = jpeg_encoder(*frames.shape[1:3], settings["quality"])
         sizes["raw"].append(kept * frames[0].size + 8 * n)
         sizes["compact"].append(kept * np.mean([len(encode(codec, rgb)) + 8 for rgb in frames]) + 8 * n)
-    return {form: float(np.mean(s)) for form, s in sizes.items()} if sizes["raw"] else None
+    return {form: float(sum(s)) / len(places) for form, s in sizes.items()} if sizes["raw"] else None
 
 
 def prepare(rows: list, folder: str, settings: dict, num_workers: int, dry_run: bool, say=print) -> dict | None:
     """Writes the set of (path, label) rows; goes on where a killed run stopped. -> its index (None: dry run)."""
-    paths = list(dict.fromkeys(path for path, _ in rows))
+    paths, rows = list(dict.fromkeys(path for path, _ in rows)), [list(row) for row in rows]
+    inside = [path for path in paths if in_set(path)]
+    if inside or "::" in folder:
+        raise ValueError(f"{inside[0]}: is prepared already; expected a list or folder of files" if inside else
+                         f"{folder}: a set's name cannot hold `::`, which stands between it and its videos")
     settings = settings | dict(version=1, count=len(paths), checksum=zlib.crc32("\n".join(paths).encode()))
     form, known, before = settings["form"], os.path.join(folder, "settings.json"), None
     shards = lambda: sum(e.stat().st_size for e in os.scandir(folder) if e.name.endswith(f".{form}"))
     if os.path.isfile(known):
-        with open(known, encoding="utf-8") as f:
-            before = json.load(f)
+        try:
+            with open(known, encoding="utf-8") as f:
+                before = dict(json.load(f))
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{known}: damaged ({e}); choose another folder") from None
         differ = [f"{k} is {before.get(k)}, not {v}" for k, v in settings.items() if before.get(k) != v]
         if differ:
             raise ValueError(f"{folder} holds another set ({', '.join(differ)}; another count or checksum means other "
@@ -325,25 +356,28 @@ def prepare(rows: list, folder: str, settings: dict, num_workers: int, dry_run: 
             raise ValueError(f"{folder}: another process is preparing it") from None
         except (ImportError, OSError):  # there are no locks on this system or disk
             pass
-        for name in os.listdir(folder):
+        for name in os.listdir(folder):  # of killed runs
             if name.endswith(".part"):
                 os.remove(os.path.join(folder, name))
         write_json(known, settings)
         size = settings["shard_videos"]
         jobs = [(folder, f"{i // size:06d}.{form}", paths[i:i + size], settings) for i in range(0, len(paths), size)]
-        begin, shown, new = time.time(), 0.0, 0
+        begin, shown, new, workers = time.time(), 0.0, 0, min(num_workers, len(jobs))
         with contextlib.ExitStack() as stack:
             results = map(write_shard, jobs)
-            if min(num_workers, len(jobs)) > 1:
-                pool = multiprocessing.get_context("spawn").Pool(min(num_workers, len(jobs)), signal.signal,
-                                                                 (signal.SIGINT, signal.SIG_IGN))
+            if workers > 1:
+                context = multiprocessing.get_context("spawn")
+                pool = context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
                 results = stack.enter_context(pool).imap_unordered(write_shard, jobs)
             for n, (_, is_new) in enumerate(results, 1):
                 new, now = new + is_new, time.time()
                 if n == len(jobs) or new and now - shown > (2 if sys.stdout.isatty() else 60):
                     shown, left = now, (now - begin) / max(new, 1) * (len(jobs) - n)
-                    say(f"{n}/{len(jobs)} shards{f', {n - new} of them from before' if n > new else ''}, "
-                        f"{left:.0f} s left", flush=True)
+                    say(f"{n}/{len(jobs)} shards{f', {n - new} of them from before' if n > new else ''}"
+                        + (f", {left:.0f} s left" if new >= 2 * workers else ""), flush=True)  # the first tell little
+        with contextlib.suppress(ValueError):
+            if read_index(folder)["rows"] != rows:
+                say("its rows and labels were others: they are those of this list now")
         index = settings | dict(rows=rows, videos={}, failed={})
         for _, name, _, _ in jobs:
             with open(os.path.join(folder, name + ".json"), encoding="utf-8") as f:

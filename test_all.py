@@ -1247,8 +1247,9 @@ def test_clips_of_a_prepared_set_are_those_of_its_files():
                 assert torch.equal(x, y) if torch.is_tensor(x) else x == y
     train, val = (prepare(f"set_of_{os.path.basename(p)}", p, "--sampling_rate", 1)[0] for p in labelled())
     by_file = tune("by_file", "--batch_size", 4)[1]["model"]
-    for a, b in zip(by_file.values(),
-                    tune("by_set", "--batch_size", 4, "--data", train, "--val_data", val)[1]["model"].values()):
+    text, by_set, _ = tune("by_set", "--batch_size", 4, "--data", train, "--val_data", val)
+    assert "5 of the 5 validation videos are also trained on" in text
+    for a, b in zip(by_file.values(), by_set["model"].values()):
         assert torch.equal(a, b)
     # a clip of every 3rd frame starts at a kept one
     square = write("square.mp4", numbered(40, 96, 96), g=12)
@@ -1269,12 +1270,14 @@ def test_preparing_goes_on_after_a_kill():
     listed, sets = prepared_files()
     whole, out = sets["compact", 3], os.path.join(TMP, "set_killed")
     args = ["--form", "compact", "--sampling_rate", 3, "--shard_videos", 4]
-    process = start("data.py", "prepare", listed, out, "--num_workers", 1, *args)
-    while not os.path.exists(os.path.join(out, "000000.compact.json")):
-        time.sleep(0.01)
-        assert process.poll() is None
-    kill_tree(process.pid)
-    process.communicate()
+    for k, kill in enumerate((lambda: kill_tree(process.pid), lambda: process.terminate())):
+        process = start("data.py", "prepare", listed, out, "--num_workers", 1 + k, *args)
+        while not os.path.exists(os.path.join(out, f"00000{k}.compact.json")):
+            time.sleep(0.01)
+            assert process.poll() is None
+        kill()
+        text = process.communicate()[0]
+    assert process.returncode == 130 and "the same command goes on" in text and "Traceback" not in text, text
     assert not os.path.exists(os.path.join(out, "index.json"))
     with raises("has not finished"):
         data.read_videos(out)
@@ -1298,7 +1301,8 @@ def test_damaged_and_misused_sets():
     os.remove(os.path.join(folder, "000003.raw"))
     text = checked(folder)
     assert text.count("(checksum)") == 1 and "000001.raw" in text and text.count("is cut off") == 4
-    assert text.count("000003.raw: shard cannot be read") == 4 and "7 of 18 files can be read" in text
+    assert text.count("000003.raw cannot be read (No such file or directory); prepare again") == 4 \
+        and "7 of 18 files can be read" in text
     prepare("set_damaged", listed, "--form", "raw", "--sampling_rate", 3, "--shard_videos", 4)  # as the message says
     assert "15 of 18 files can be read" in checked(folder)
     os.remove(os.path.join(folder, "000001.raw"))
@@ -1333,7 +1337,22 @@ def test_damaged_and_misused_sets():
     for make in (data.PretrainClips, evaluate.TestVideos):
         with raises("keeps 1 frame in 3", "--sampling_rate 4", "multiple of 3"):
             make(inside, 4, (32, 32), 4)
-        make(inside, 4, (32, 32), 4, sampling="sparse")
+        with raises("keeps 1 frame in 3", "--sampling sparse", "`--sampling_rate 1`"):
+            make(inside, 4, (32, 32), 3, sampling="sparse")
+    assert "cannot hold `::`" in mistake(data, "prepare", listed, os.path.join(TMP, "a::b"))
+    relabelled = os.path.join(TMP, "other labels.tsv")
+    data.write_list(relabelled, [(path, "new") for path in data.read_videos(listed)[0]])
+    args = "--form", "raw", "--sampling_rate", 3, "--shard_videos", 4
+    assert "its rows and labels were others" in prepare("set_damaged", relabelled, *args)[1]
+    assert data.read_videos(folder + os.sep)[1] == ["new"] * 18  # and the slash does not go into the names
+    assert data.read_videos(inside[0]) == ([inside[0]], [None])
+    for name, content in (("index.json", "{}"), ("settings.json", "{")):
+        open(os.path.join(two, name), "w").write(content)
+    with raises("index.json: damaged", "writes it again"):
+        data.read_videos(two)
+    assert "settings.json: damaged" in mistake(data, "prepare", os.path.join(TMP, "two.tsv"), two)
+    with raises("no/x: cannot be written (No such file or directory)"):
+        prepared.write_json(os.path.join(TMP, "no", "x"), {})
 
 
 # ---------------------------------------------------------------- pretrain.py
