@@ -815,11 +815,8 @@ def test_rotation_and_pictures():
         assert len(video) == 1 and (video.frames([0, 0])[1] == image).all()
     class Turned:  # PyAV cannot write a display matrix: a frame that says it has one
         rotation = 90
-    class Rgb:
-        def reformat(self, frame, **kw): return self
-        def to_ndarray(self): return image
-    with data.VideoReader(os.path.join(TMP, "a.png")) as video:
-        video.to_rgb = Rgb()
+    with data.VideoReader(os.path.join(TMP, "a.png")) as video, \
+            unittest.mock.patch.object(decode, "to_rgb", lambda frame: image):
         assert (video.convert(Turned) == np.rot90(image)).all()
 
 
