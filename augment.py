@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 FILL = 128  # grey level of what a geometric operation brings in from outside
 
@@ -232,3 +233,52 @@ def cutmix_box(rng, height: int, width: int, lam: float) -> tuple[tuple, float]:
     top, bottom = (int(np.clip(v, 0, height)) for v in (y - h // 2, y + h // 2))
     left, right = (int(np.clip(v, 0, width)) for v in (x - w // 2, x + w // 2))
     return (top, left, bottom - top, right - left), 1 - (bottom - top) * (right - left) / (height * width)
+
+
+# ---- the views of contrastive learning, on (T, C, H, W) uint8: one draw for all frames ----
+
+def color_jitter(rng, clip: torch.Tensor, brightness=0.4, contrast_=0.4, saturation=0.2, hue=0.1) -> torch.Tensor:
+    """In random order, factors uniform in 1 +- strength, the hue moved by up to `hue` turns (MoCo v3's strengths)."""
+    factor = lambda strength: rng.uniform(1 - strength, 1 + strength)
+    for name in rng.permutation(["Brightness", "Contrast", "Color", "Hue"]):
+        if name == "Hue":
+            shift = torch.tensor([[rng.uniform(-hue, hue), 0, 0]], dtype=torch.float32)
+            video = clip.permute(0, 2, 3, 1)[None].float() / 255  # (1, T, H, W, C)
+            clip = (hsv_shift(video, shift)[0] * 255).round().byte().permute(0, 3, 1, 2)
+        else:
+            clip = OPERATIONS[name][0](clip, factor(dict(Brightness=brightness, Contrast=contrast_,
+                                                         Color=saturation)[name]))
+    return clip
+
+
+def blur(clip: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gaussian of this standard deviation (pixels), cut off after 3 of them, borders reflected."""
+    radius = min(math.ceil(3 * sigma), *(n - 1 for n in clip.shape[2:]))
+    kernel = torch.exp(-torch.arange(-radius, radius + 1.0).square() / (2 * sigma ** 2))
+    kernel = (kernel / kernel.sum()).expand(clip.shape[1], 1, 1, -1)
+    x = F.pad(clip.float(), (radius,) * 4, mode="reflect")
+    x = F.conv2d(F.conv2d(x, kernel, groups=clip.shape[1]), kernel.mT, groups=clip.shape[1])
+    return x.round().clamp(0, 255).byte()
+
+
+def view(rng, clip: torch.Tensor, size: tuple, area, color: bool, second: bool = False) -> torch.Tensor:
+    """One view, (T, C, *size): random-resized crop, flip; color: jitter p .8, grey p .2, blur, solarise.
+
+    Blur p 1 and no solarising for the first view, p .1 and .2 for the second (BYOL's and MoCo v3's asymmetry).
+    """
+    top, left, h, w = random_resized_crop(rng, *clip.shape[2:], area)
+    clip = clip[:, :, top:top + h, left:left + w].contiguous()
+    if (h, w) != size:
+        clip = F.interpolate(clip, size=size, mode="bilinear", antialias=True)
+    clip = clip.flip(3) if rng.random() < 0.5 else clip
+    if not color:
+        return clip
+    if rng.random() < 0.8:
+        clip = color_jitter(rng, clip)
+    if rng.random() < 0.2:
+        clip = grey(clip).expand(-1, 3, -1, -1)
+    if rng.random() < (0.1 if second else 1):
+        clip = blur(clip, rng.uniform(0.1, 2.0) * min(size) / 224)
+    if second and rng.random() < 0.2:
+        clip = OPERATIONS["Solarize"][0](clip, 128)
+    return clip

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 import prepared
-from augment import erase_box, rand_augment, random_resized_crop
+from augment import erase_box, rand_augment, random_resized_crop, view
 from decode import MovieReader, VideoError, VideoReader, nearest, resize, short_side  # some of it for the stages
 from prepared import open_movie, open_video
 
@@ -389,6 +389,65 @@ class Batches:
             yield batch
 
 
+class ViewPairs(torch.utils.data.Dataset):
+    """(epoch, index, is_image) -> (views (1, 2, T, H, W, C) uint8, bad): two views of a video or of an image.
+
+    Of a video with num_frames 1 (ViC-MAE) they are frames of the two halves of a clip of 2 * gap frames; with more
+    (MoCo v3) two clips of `stride`, each with its own start. Of an image two crops. One augmentation draw per view.
+    What cannot be read is replaced as in PretrainClips.
+    """
+
+    def __init__(self, videos, images, num_frames=1, size=(224, 224), stride=4, gap=32, area=(0.5, 1), color=False,
+                 image_area=(0.2, 1), image_color=True, seed=0):
+        self.paths = videos, images
+        self.num_frames, self.size, self.stride, self.gap, self.seed = num_frames, size, stride, gap, seed
+        self.area, self.color = (area, image_area), (color, image_color)  # of videos, of images
+        if num_frames > 1:
+            prepared.check_stride(videos, stride)
+
+    def load(self, path: str, is_image: bool, rng) -> torch.Tensor:
+        """-> (2, T, H, W, C) uint8; VideoError when the file cannot be read."""
+        with open_video(path) as video:
+            n, T = len(video), self.num_frames
+            if T > 1:
+                indices = np.concatenate([sample_dense(rng, n, T, self.stride) for _ in range(2)])
+            else:
+                span = 1 if is_image else min(2 * self.gap, n)
+                start = rng.integers(n - span + 1)
+                half = span // 2
+                indices = start + np.array([rng.integers(max(half, 1)), half + rng.integers(span - half)])
+            frames = torch.from_numpy(video.frames(indices)).permute(0, 3, 1, 2).contiguous()  # (2T, C, H, W)
+        views = [view(rng, clip, self.size, self.area[is_image], self.color[is_image], second=bool(k))
+                 for k, clip in enumerate(frames.split(T))]
+        return torch.stack(views).permute(0, 1, 3, 4, 2)
+
+    def __getitem__(self, key):
+        epoch, index, is_image = key
+        bad, paths = [], self.paths[is_image]
+        for attempt in range(10):
+            rng = np.random.default_rng([self.seed, epoch, index, is_image, attempt])
+            path = paths[index if attempt == 0 else int(rng.integers(len(paths)))]
+            try:
+                return self.load(path, is_image, rng)[None], bad
+            except VideoError as e:
+                bad.append((path, str(e)))
+        return None, bad
+
+
+class MixedBatches:
+    """Batches of (epoch, index, False) from a stream of videos, then (epoch, index, True) from one of images."""
+
+    def __init__(self, videos: Batches | None, images: Batches | None):
+        self.streams = [(stream, kind) for kind, stream in enumerate((videos, images)) if stream]
+
+    def __len__(self):
+        return len(self.streams[0][0])
+
+    def __iter__(self):
+        for parts in zip(*(stream for stream, _ in self.streams)):
+            yield [(*key, bool(kind)) for part, (_, kind) in zip(parts, self.streams) for key in part]
+
+
 def ignore_signals(worker: int):
     """For data workers: a terminal and a job scheduler signal all processes; the main one decides, workers go on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -486,29 +545,87 @@ def toy_clip(rng, label: int, num_frames: int = TOY_FRAMES, side: int = TOY_SIDE
     return (128 + 23 * layers).clip(0, 255).astype(np.uint8)
 
 
-def make_toy(root: str = "toy", log=print):
-    """Writes the toy set to root/{train,val,dev}/<class>/ unless it is there; deterministic, whole or not at all.
-
-    dev is for choosing hyper-parameters, so that val stays unseen.
-    """
+def write_once(root: str, parts, fill, log):
+    """fill(folder) writes a data set that then appears at root, whole or not at all; nothing happens where it is."""
     if os.path.exists(root):
-        for split in ("train", "val", "dev"):
-            if not os.path.isdir(os.path.join(root, split)):
-                raise ValueError(f"{root}/ exists but does not hold the toy videos (no {root}/{split}): move it away")
+        missing = [name for name in parts if not os.path.exists(os.path.join(root, name))]
+        if missing:
+            raise ValueError(f"{root}/ exists but does not hold the toy videos (no {root}/{missing[0]}): move it away")
         return
     part = f"{root}.{socket.gethostname()}.{os.getpid()}.part"  # several processes may write at once
-    log(f"writing {TOY_TRAIN + 2 * TOY_VAL} toy videos to {root}/")
-    for split, seed, count in (("train", 0, TOY_TRAIN), ("val", 1, TOY_VAL), ("dev", 2, TOY_VAL)):
-        for i in range(count):
-            label = i % len(TOY_CLASSES)
-            folder = os.path.join(part, split, TOY_CLASSES[label])
-            os.makedirs(folder, exist_ok=True)
-            clip = toy_clip(np.random.default_rng([seed, i]), label)
-            write_video(os.path.join(folder, f"{i:04d}.mp4"), clip, g=8, bf=2)
+    log(f"writing the toy videos to {root}/")
+    fill(part)
     try:
         os.rename(part, root)
     except OSError:  # another process was faster
         shutil.rmtree(part)
+
+
+def make_toy(root: str = "toy", log=print):
+    """Writes the toy set to root/{train,val,dev}/<class>/ unless it is there; deterministic.
+
+    dev is for choosing hyper-parameters, so that val stays unseen.
+    """
+    def fill(folder):
+        for split, seed, count in (("train", 0, TOY_TRAIN), ("val", 1, TOY_VAL), ("dev", 2, TOY_VAL)):
+            for i in range(count):
+                label = i % len(TOY_CLASSES)
+                path = os.path.join(folder, split, TOY_CLASSES[label], f"{i:04d}.mp4")
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                write_video(path, toy_clip(np.random.default_rng([seed, i]), label), g=8, bf=2)
+    write_once(root, ("train", "val", "dev"), fill, log)
+
+
+TOY_SHAPES, TOY_WAYS = ("disc", "square", "triangle", "cross"), ("right", "down", "left", "up")
+
+
+def waves(rng, side: int, height: int, width: int) -> np.ndarray:
+    """(height, width, 3) float, about -1 to 1: a coloured field of six waves that fit on a torus of `side`."""
+    y, x = np.mgrid[:height, :width]
+    k = rng.integers(-3, 4, (6, 2)) * 2 * np.pi / side
+    phase, color = rng.uniform(0, 2 * np.pi, (6, 1)), rng.normal(size=(6, 3))
+    field = np.cos(k[:, 0, None, None] * x + k[:, 1, None, None] * y + phase[..., None])  # (6, height, width)
+    return np.einsum("fyx,fc->yxc", field, color / np.abs(color).sum(0))
+
+
+def toy_shape_clip(rng, shape: int, way: int, num_frames: int = TOY_FRAMES, side: int = TOY_SIDE) -> np.ndarray:
+    """(T, side, side, 3) uint8: a textured shape crosses a textured ground; one frame tells the shape, none the way.
+
+    The ground jumps from frame to frame, so that what two frames of a video share is the thing that moves.
+    """
+    y, x = np.mgrid[:side, :side] - side / 2 + 0.5
+    r = rng.uniform(0.2, 0.26) * side
+    mask = (x ** 2 + y ** 2 < r ** 2, np.maximum(abs(x), abs(y)) < 0.88 * r,
+            (y < 0.75 * r) & (y > 2.1 * abs(x) - 1.15 * r),
+            (np.minimum(abs(x), abs(y)) < 0.36 * r) & (np.maximum(abs(x), abs(y)) < 1.1 * r))[shape]
+    thing, ground = waves(rng, side, side, side), waves(rng, side, side, side)
+    start, speed = rng.integers(side, size=2), rng.uniform(0.06, 0.1) * side  # pixels per frame
+    frames = []
+    for t in range(num_frames):
+        move = (start + np.round(t * speed * np.array(((0, 1), (1, 0), (0, -1), (-1, 0))[way]))).astype(int)
+        there, look = (np.roll(a, move, (0, 1)) for a in (mask, thing))
+        jump = np.roll(ground, rng.integers(side, size=2), (0, 1))
+        frames.append(np.where(there[..., None], 160 + 90 * look, 96 + 90 * jump))
+    return np.stack(frames).clip(0, 255).astype(np.uint8)
+
+
+def make_toy_shapes(root: str = "toy_shapes", log=print):
+    """Writes the toy set of shapes that move: root/{train,val}/*.mp4, and lists of them with the label of either kind.
+
+    train_shape.tsv, train_way.tsv, val_shape.tsv, val_way.tsv; their paths start where root's does.
+    """
+    def fill(folder):
+        for split, seed, count in (("train", 3, TOY_TRAIN), ("val", 4, TOY_VAL)):
+            os.makedirs(os.path.join(folder, split))
+            rows = []
+            for i in range(count):
+                shape, way = i % 4, i // 4 % 4
+                clip = toy_shape_clip(np.random.default_rng([seed, i]), shape, way)
+                write_video(os.path.join(folder, split, f"{i:04d}.mp4"), clip, g=8, bf=2)
+                rows.append((f"{root}/{split}/{i:04d}.mp4", TOY_SHAPES[shape], TOY_WAYS[way]))
+            write_list(os.path.join(folder, f"{split}_shape.tsv"), [(path, shape) for path, shape, _ in rows])
+            write_list(os.path.join(folder, f"{split}_way.tsv"), [(path, way) for path, _, way in rows])
+    write_once(root, ("train", "val", "train_shape.tsv", "val_way.tsv"), fill, log)
 
 
 # ---- python data.py index: public layouts -> list files ----
@@ -738,10 +855,10 @@ def main(argv=None) -> int | None:
     ready.add_argument("--shard_videos", default=16, type=int, help="videos per shard, and per unit of work")
     ready.add_argument("--num_workers", default=os.cpu_count(), type=int, help="processes")
     ready.add_argument("--dry_run", action="store_true", help="only say how large it would be")
-    commands.add_parser("toy", help="write the toy videos to toy/")
+    commands.add_parser("toy", help="write the toy videos to toy/ and toy_shapes/")
     args = parser.parse_args(argv)
     commands = {"index": index_main, "split": split_main, "check": check_main, "prepare": prepare_main,
-                "toy": lambda args: make_toy()}
+                "toy": lambda args: (make_toy(), make_toy_shapes()) and None}
     return commands[args.command](args)
 
 

@@ -716,7 +716,7 @@ def main():
             saved = torch.load(last, map_location="cpu", weights_only=True)
             changed = [f"{k} {saved['args'].get(k)} -> {v}" for k, v in run.items() if saved["args"].get(k) != v]
             finished = saved["step"] >= saved["args"]["total_steps"]
-            differ = [k for k, v in model.config.items() if k != "pos_grid" and saved["config"].get(k) != v]
+            differ = [k for k, v in model.config.items() if k != "pos_grid" and saved["config"].get(k, v) != v]
             differ += ["classes"] if saved["classes"] != list(names.values()) else []
         except Exception as e:  # torch raises whatever the broken bytes lead to
             raise ValueError(f"{last}: not a checkpoint of detect_ava.py ({e}); --no-resume moves it aside") from None

@@ -565,8 +565,10 @@ def main():
     elif args.predict or args.attention or args.data and not args.knn:
         raise ValueError(f"{args.ckpt}: a pre-training checkpoint, it has no classes; expected a fine-tuned one, or "
                          "--knn, --features, --reconstruct or --export_hf")
-    if args.reconstruct and classifier:
-        raise ValueError(f"{args.ckpt}: a classifier, it has no decoder; --reconstruct needs a pre-training checkpoint")
+    alone = not classifier and model.decoder is None
+    if args.reconstruct and (classifier or alone) or args.export_hf and alone:
+        raise ValueError(f"{args.ckpt}: it has no decoder; expected a checkpoint of masked pre-training"
+                         + ", or a classifier" * bool(args.export_hf))
     blocks = len((model if classifier else model.encoder).blocks)
     if args.layer is not None and args.layer > blocks:
         raise ValueError(f"--layer {args.layer}: expected 0 to {blocks}, the blocks of this model")
@@ -575,7 +577,7 @@ def main():
                 sampling=args.sampling or trained.get("sampling", "dense"))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype_name]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    say(f"{about['size']} {f'classifier of {len(classes)} classes' if classifier else 'with decoder'}, "
+    say(f"{about['size']} {f'classifier of {len(classes)} classes' if classifier else 'without classes'}, "
         f"clips of {'x'.join(map(str, (clip['num_frames'], *clip['size'])))}, {clip['sampling']}"
         + (f" every {clip['stride']} frames" if clip["sampling"] == "dense" else "")
         + (f" of {clip['fps']:g} fps" if clip["fps"] else ""))

@@ -256,7 +256,7 @@ def main():
     # ---- model: shaped as --init is where the flags do not say otherwise
     like = dict(size="base", num_frames=16, img_size=[224, 224], patch_size=16, tubelet_size=2)
     if args.init:
-        about = read_weights(args.init)[2]
+        _, grid, about = read_weights(args.init)
         like = {k: about[k] for k in like}
         if about["tubelet_size"] == 1 and about["num_frames"] == 16 and not about["args"]:
             like["tubelet_size"] = 2  # an image ViT, to be inflated
@@ -267,6 +267,10 @@ def main():
     if shape["size"] is None:
         raise ValueError(f"{args.init}: a ViT of width {about['width']} and {about['depth']} blocks; "
                          f"expected one of {', '.join(SIZES)}")
+    if args.init and grid and grid[0] == 1 and shape["num_frames"] > shape["tubelet_size"]:
+        about["temporal_pos"] = True  # weights of images know no time
+    if args.init and about.get("temporal_pos"):
+        shape["temporal_pos"] = True
     model = VideoClassifier(len(classes), args.head_dropout, args.linear_probe, drop_path=args.drop_path,
                             checkpointing=args.checkpointing, **shape)
     if args.freeze > len(model.blocks):
@@ -297,7 +301,7 @@ def main():
             saved = torch.load(last, map_location="cpu", weights_only=True)
             changed = [f"{k} {saved['args'].get(k)} -> {v}" for k, v in run.items() if saved["args"].get(k) != v]
             finished = saved["step"] >= saved["args"]["total_steps"]
-            differ = [k for k, v in model.config.items() if k != "pos_grid" and saved["config"].get(k) != v]
+            differ = [k for k, v in model.config.items() if k != "pos_grid" and saved["config"].get(k, v) != v]
             differ += ["classes"] if saved["classes"] != classes else []
         except Exception as e:  # torch raises whatever the broken bytes lead to
             raise ValueError(f"{last}: not a checkpoint of finetune.py ({e}); --no-resume moves it aside") from None

@@ -74,13 +74,17 @@ def split(mask: torch.Tensor, num_visible: int | None = None) -> tuple[torch.Ten
     return order[:, :num_visible], order[:, num_visible:]
 
 
-def normalize_cubes(cubes: torch.Tensor) -> torch.Tensor:
+def normalize_cubes(cubes: torch.Tensor, joint: bool = False) -> torch.Tensor:
     """(..., P) uint8, or float in [0,1] -> float32: zero mean, unit (unbiased) variance per cube and channel.
 
     The paper's target: (x - mean) / (std + 1e-6) of x in [0,1]. uint8 is not divided first, its eps is 255 times as
-    large: a pass over memory less.
+    large: a pass over memory less. joint: over all P values instead, (x - mean) / sqrt(var + 1e-6), as MAE and ViC-MAE.
     """
-    eps = 255e-6 if cubes.dtype == torch.uint8 else 1e-6
+    unit = 255 if cubes.dtype == torch.uint8 else 1
+    if joint:
+        var, mean = torch.var_mean(cubes.float(), -1, keepdim=True)
+        return (cubes.float() - mean) * (var + 1e-6 * unit ** 2).rsqrt()
+    eps = 1e-6 * unit
     x = rearrange(cubes, "... (p c) -> ... p c", c=3).float()
     var, mean = torch.var_mean(x, -2, keepdim=True)
     scale = 1 / (var.sqrt() + eps)
@@ -215,10 +219,14 @@ class CubeEmbed(nn.Module):
 
 
 class Encoder(nn.Module):
-    """ViT on cubes; `img_size` is a side or (H, W), `pos_grid` the token grid of the position table (default: own)."""
+    """ViT on cubes; `img_size` is a side or (H, W), `pos_grid` the token grid of the position table (default: own).
+
+    temporal_pos adds a trainable table, zero at first, of a row per temporal slot: for weights of images, whose
+    positions say nothing of time.
+    """
 
     def __init__(self, size="base", num_frames=16, img_size=224, patch_size=16, tubelet_size=2, drop_path=0.0,
-                 checkpointing=False, pos_grid=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+                 checkpointing=False, pos_grid=None, mean=IMAGENET_MEAN, std=IMAGENET_STD, temporal_pos=False):
         super().__init__()
         if size not in SIZES:
             raise ValueError(f"size={size!r}: expected one of {', '.join(SIZES)}")
@@ -227,7 +235,8 @@ class Encoder(nn.Module):
             raise ValueError(f"num_frames={num_frames} must be a multiple of tubelet_size={tubelet_size}, "
                              f"img_size={H}x{W} of patch_size={patch_size}")
         self.config = dict(size=size, num_frames=num_frames, img_size=[H, W], patch_size=patch_size,
-                           tubelet_size=tubelet_size, mean=list(mean), std=list(std))  # what rebuilds the model
+                           tubelet_size=tubelet_size, mean=list(mean), std=list(std),
+                           temporal_pos=temporal_pos)  # what rebuilds the model
         D, depth, heads = (SIZES[size][k] for k in ("width", "depth", "heads"))
         self.cube = (tubelet_size, patch_size, patch_size)
         self.grid = (num_frames // tubelet_size, H // patch_size, W // patch_size)
@@ -238,6 +247,7 @@ class Encoder(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).repeat(pixels), persistent=False)  # (P,)
         self.register_buffer("std", torch.tensor(std).repeat(pixels), persistent=False)
         self.register_buffer("pos", torch.empty(0), persistent=False)
+        self.temporal_pos = nn.Parameter(torch.zeros(self.grid[0], D)) if temporal_pos else None
         self.set_positions(pos_grid or self.grid)
 
     def set_positions(self, pos_grid):
@@ -253,7 +263,10 @@ class Encoder(nn.Module):
         cubes = patchify(video, self.cube)  # (B, N, P)
         cubes = cubes if ids is None else take(cubes, ids)  # (B, n, P)
         x = self.patch_embed((to_unit(cubes) - self.mean) / self.std)  # (B, n, D)
-        return x + (self.pos if ids is None else self.pos[ids]).to(x.dtype)
+        pos = self.pos
+        if self.temporal_pos is not None:
+            pos = pos + self.temporal_pos.repeat_interleave(self.grid[1] * self.grid[2], 0)
+        return x + (pos if ids is None else pos[ids]).to(x.dtype)
 
     def forward(self, video, ids=None):
         """-> (B, n, D): tokens after the last block, without a final norm."""
@@ -283,24 +296,26 @@ class VideoMAE(nn.Module):
 
     def __init__(self, size="base", num_frames=16, img_size=224, patch_size=16, tubelet_size=2, dec_depth=None,
                  norm_pix_loss=True, target="clip", checkpointing=False, encoder_norm=True, pos_grid=None,
-                 mean=IMAGENET_MEAN, std=IMAGENET_STD):
+                 mean=IMAGENET_MEAN, std=IMAGENET_STD, dec_width=None, dec_heads=None, joint_norm=False):
         super().__init__()
         if target not in ("clip", "center", "dense"):
             raise ValueError(f"target={target!r}: expected clip, center or dense")
         self.encoder = Encoder(size, num_frames, img_size, patch_size, tubelet_size, 0.0, checkpointing, pos_grid,
                                mean, std)
         s = SIZES[size]
-        dec_depth = s["dec_depth"] if dec_depth is None else dec_depth
+        dec_depth, d, dec_heads = dec_depth or s["dec_depth"], dec_width or s["dec_width"], dec_heads or s["dec_heads"]
         self.grid, self.cube = self.encoder.grid, self.encoder.cube
-        self.norm_pix_loss, self.target, self.checkpointing = norm_pix_loss, target, checkpointing
+        self.norm_pix_loss, self.joint_norm = norm_pix_loss, joint_norm
+        self.target, self.checkpointing = target, checkpointing
         self.encoder.norm = nn.LayerNorm(s["width"], eps=1e-6) if encoder_norm else nn.Identity()
-        self.encoder_to_decoder = nn.Linear(s["width"], s["dec_width"], bias=False)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, s["dec_width"]))
+        self.encoder_to_decoder = nn.Linear(s["width"], d, bias=False)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, d))
         target_frames = {"clip": tubelet_size, "center": 1, "dense": 2 * tubelet_size}[target]
         self.target_cube = (target_frames, patch_size, patch_size)
-        self.decoder = Decoder(s["dec_width"], dec_depth, s["dec_heads"], 3 * math.prod(self.target_cube))
+        self.decoder = Decoder(d, dec_depth, dec_heads, 3 * math.prod(self.target_cube))
         self.config = self.encoder.config | dict(dec_depth=dec_depth, norm_pix_loss=norm_pix_loss, target=target,
-                                                 encoder_norm=encoder_norm)
+                                                 encoder_norm=encoder_norm, dec_width=d, dec_heads=dec_heads,
+                                                 joint_norm=joint_norm)
         self.register_buffer("dec_pos", torch.empty(0), persistent=False)
         self.set_positions(pos_grid or self.grid)
         for name, m in self.named_modules():  # encoder_to_decoder and the Conv3d keep PyTorch's default
@@ -336,7 +351,7 @@ class VideoMAE(nn.Module):
             video = video[:, T // 2:T // 2 + 1]  # (B, 1, H, W, C)
             ids = ids - T // 2 // self.cube[0] * self.grid[1] * self.grid[2]
         cubes = take(patchify(video, self.target_cube), ids)
-        return normalize_cubes(cubes) if self.norm_pix_loss else to_unit(cubes)
+        return normalize_cubes(cubes, self.joint_norm) if self.norm_pix_loss else to_unit(cubes)
 
     def forward(self, video, mask, decoder_mask=None, num_visible=None, num_decoded=None):
         """-> (loss, pred): float32 scalar, (B, M, P) at the decoded tokens (by default the masked, in raster order).
@@ -346,16 +361,27 @@ class VideoMAE(nn.Module):
         two numbers are counted from the masks when not given, which waits for the device.
         """
         visible, ids, counts = self.select(mask, decoder_mask, num_visible, num_decoded)
-        x = self.encoder(video[:, ::2] if self.target == "dense" else video, visible)  # (B, N_vis, D)
-        x = self.encoder_to_decoder(self.encoder.norm(x))  # (B, N_vis, d)
+        pred = self.forward_decoder(self.forward_encoder(video, visible), visible, ids)
+        return self.forward_loss(video, pred, ids, counts), pred
+
+    def forward_encoder(self, video, visible):
+        """(B, T, H, W, C), ids (B, N_vis) -> (B, N_vis, D), normed."""
+        return self.encoder.norm(self.encoder(video[:, ::2] if self.target == "dense" else video, visible))
+
+    def forward_decoder(self, x, visible, ids):
+        """(B, N_vis, D) at `visible` -> predictions (B, M, P) at `ids`."""
+        x = self.encoder_to_decoder(x)  # (B, N_vis, d)
         x = torch.cat([x + self.dec_pos[visible].to(x.dtype), (self.mask_token + self.dec_pos[ids]).to(x.dtype)], 1)
-        pred = self.decoder(x, ids.shape[1], self.checkpointing)  # (B, M, P)
+        return self.decoder(x, ids.shape[1], self.checkpointing)
+
+    def forward_loss(self, video, pred, ids, counts):
+        """Mean squared error of (B, M, P) over the tokens that count (None: all), float32."""
         with torch.no_grad():
             target = self.targets(video, ids)  # (B, M, P)
         if counts is None:
-            return F.mse_loss(pred.float(), target), pred
+            return F.mse_loss(pred.float(), target)
         error = (pred.float() - target).square().mean(-1)  # (B, M)
-        return (error * counts).sum() / counts.sum().clamp(min=1), pred
+        return (error * counts).sum() / counts.sum().clamp(min=1)
 
 
 def init_linears(model: nn.Module):
@@ -402,8 +428,8 @@ def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0
         if not p.requires_grad:
             continue
         block = re.match(r"(?:encoder\.)?blocks\.(\d+)\.", name)
-        layer = int(block[1]) + 1 if block else 0 if "patch_embed" in name else depth + 1
-        decay = 0.0 if p.ndim == 1 or name == "mask_token" else weight_decay
+        layer = int(block[1]) + 1 if block else 0 if "patch_embed" in name or "temporal_pos" in name else depth + 1
+        decay = 0.0 if p.ndim == 1 or name.endswith(("mask_token", "temporal_pos")) else weight_decay
         group = dict(params=[], weight_decay=decay, lr_scale=layer_decay ** (depth + 1 - layer))
         groups.setdefault((layer if layer_decay != 1 else 0, decay), group)["params"].append(p)
     return list(groups.values())
@@ -422,7 +448,7 @@ def block_macs(n: int, dim: int, depth: int) -> int:
 def forward_macs(model: nn.Module, num_visible=None, num_decoded=None) -> int:
     """Multiply-adds of one clip's forward pass (Table 6's "GFLOPs"), of a classifier or a VideoMAE at these counts."""
     s, N, P = SIZES[model.config["size"]], math.prod(model.grid), 3 * math.prod(model.cube)
-    D, d = s["width"], s["dec_width"]
+    D, d = s["width"], model.config.get("dec_width")
     if isinstance(model, VideoClassifier):
         return block_macs(N, D, s["depth"]) + N * D * P + D * model.head.out_features + 5 * D
     n, M = num_visible, num_decoded

@@ -155,7 +155,7 @@ def reconstruct(model, video, mask):
     on average, all that the model was shown; `true` takes each hidden cube's own mean and variance, as published
     pictures do, which flatters.
     """
-    loss, pred = model(video, mask)  # (B, M, P)
+    loss, pred = VideoMAE.forward(model, video, mask)  # (B, M, P); pretrain_vicmae.py gives a subclass
     ids, grid = model.select(mask)[1], model.grid
     hidden = mask
     if model.target == "center":
@@ -163,7 +163,8 @@ def reconstruct(model, video, mask):
         hidden, ids = mask.gather(1, ids), ids - ids[:, :1]
         video, grid = video[:, middle:middle + 1], (1, *model.grid[1:])
     cubes = to_unit(patchify(video, model.target_cube)).unflatten(2, (-1, 3))  # (B, N, p, C)
-    mean, std = cubes.mean(2, keepdim=True), cubes.std(2, keepdim=True)  # (B, N, 1, C)
+    over = (2, 3) if model.joint_norm else 2  # what the targets are normalised over
+    mean, std = cubes.mean(over, keepdim=True), cubes.std(over, keepdim=True)  # (B, N, 1, C or 1)
     seen = ~hidden[:, :, None, None]
     average = lambda x: (x * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1)  # over visible cubes
     guess = torch.zeros_like(cubes).flatten(2).scatter_(1, ids[..., None].expand_as(pred), pred.float())
@@ -269,7 +270,7 @@ def main():
             changed = [f"{k} {saved['args'].get(k)} -> {v}" for k, v in run.items() if saved["args"].get(k) != v]
             finished = saved["step"] >= saved["args"]["total_steps"]
             free_config = ("pos_grid", "encoder_norm")  # --init may have set them
-            differ = [k for k, v in model.config.items() if k not in free_config and saved["config"][k] != v]
+            differ = [k for k, v in model.config.items() if k not in free_config and saved["config"].get(k, v) != v]
         except Exception as e:  # torch raises whatever the broken bytes lead to
             raise ValueError(f"{last}: not a checkpoint of pretrain.py ({e}); --no-resume moves it aside") from None
         if (changed or differ) and args.resume is None and finished:

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 import augment
 import ava
 import bench
+import contrastive
 import data
 import decode
 import detect_ava
@@ -43,6 +44,8 @@ import finetune
 import masking
 import prepared
 import pretrain
+import pretrain_moco
+import pretrain_vicmae
 import weights
 from model import (SIZES, Encoder, HeadwiseAttention, VideoClassifier, VideoMAE, best_dtype, count_params,
                    forward_macs, normalize_cubes, param_groups, patchify, position_table, sincos_table, split,
@@ -1942,6 +1945,239 @@ def test_eval_mistakes():
     assert "zebra" in text and "a, b, c" in text and "Traceback" not in text
 
 
+# ---------------------------------------------------------------- contrastive.py, pretrain_vicmae.py, pretrain_moco.py
+
+def on_ranks(world, function, *args):
+    """function(*args) on `world` gloo ranks -> [what each returns]."""
+    import torch.multiprocessing as mp
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(rank_of, (world, folder, function, args), nprocs=world)
+        return [torch.load(os.path.join(folder, f"{r}.pt"), weights_only=True) for r in range(world)]
+
+
+def rank_of(rank, world, folder, function, args):
+    """One of them."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
+    torch.save(function(*args), os.path.join(folder, f"{rank}.pt"))
+    torch.distributed.destroy_process_group()
+
+
+def contrast_parts(z):
+    """Losses and gradients of this rank's part of z (2, B, d) and of BatchNorm on it; the gradients are averaged."""
+    world, rank = contrastive.world_size(), torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    B = z.shape[1] // world
+    z = z[:, rank * B:(rank + 1) * B].clone().requires_grad_()
+    torch.manual_seed(0)
+    norm = contrastive.BatchNorm(z.shape[2])
+    torch.nn.init.normal_(norm.weight)
+    normed = norm(z.flatten(0, 1)).unflatten(0, (2, B))
+    loss = contrastive.info_nce(normed, 0.1)[0] + contrastive.info_nce_keys(normed[0], normed[1], 0.2)
+    loss.backward()
+    return dict(loss=loss.detach(), z=z.grad / world, weight=norm.weight.grad / world)
+
+
+@test
+def test_info_nce():
+    """Equal to a loop in float64: itself left out, one positive, all others negative; 3 ranks equal one process."""
+    torch.manual_seed(0)
+    z = torch.randn(2, 6, 5)
+    unit = F.normalize(z.double(), dim=-1).flatten(0, 1)
+    slow = 0
+    for i in range(12):
+        scores = [float(unit[i] @ unit[j]) / 0.1 for j in range(12) if j != i]
+        positive = float(unit[i] @ unit[(i + 6) % 12]) / 0.1
+        slow += (math.log(sum(map(math.exp, scores))) - positive) / 12
+    loss, spread = contrastive.info_nce(z, 0.1)
+    assert abs(loss.item() - slow) < 1e-6
+    assert 0.8 < spread < 1.1 and contrastive.spread_of(torch.ones(9, 5)) < 1e-3
+    query, key = F.normalize(z.double(), dim=-1)
+    scores = (query @ key.T / 0.2).tolist()
+    slow = sum(math.log(sum(map(math.exp, row))) - row[i] for i, row in enumerate(scores)) / 6 * 0.4
+    assert abs(contrastive.info_nce_keys(*z, 0.2).item() - slow) < 1e-6
+    far = torch.eye(6).expand(2, 6, 6)  # all agree with their positive, with no other: log(e^10 + 10) - 10
+    assert abs(contrastive.info_nce(far, 0.1)[0] - math.log(math.exp(10) + 10) + 10) < 1e-5
+    whole, parts = contrast_parts(z), on_ranks(3, contrast_parts, z)
+    assert abs(np.mean([p["loss"] for p in parts]) - whole["loss"]) < 1e-5
+    assert torch.allclose(torch.cat([p["z"] for p in parts], 1), whole["z"], atol=1e-6)
+    assert torch.allclose(sum(p["weight"] for p in parts), whole["weight"], atol=1e-5)
+
+
+@test
+def test_contrastive_heads():
+    """BatchNorm is torch's with batch statistics; the projector's layers are named as the released weights'."""
+    torch.manual_seed(0)
+    x = torch.randn(16, 7) * 3 + 1
+    assert torch.allclose(contrastive.BatchNorm(7)(x), torch.nn.BatchNorm1d(7)(x), atol=1e-5)
+    assert sorted({k.split(".")[0] for k in contrastive.head(5, 8, 8, 3).state_dict()}) == list("01346")
+    last = contrastive.head(5, 8, 3, last_norm=True)
+    out = last(torch.randn(32, 5))
+    assert [k for k in last.state_dict() if "bias" in k] == ["1.bias"]
+    assert out.mean(0).abs().max() < 1e-5 and (out.std(0, correction=0) - 1).abs().max() < 1e-3
+
+
+@test
+def test_views_are_drawn_once_per_clip():
+    """A clip whose frames are equal stays so under every view; jitter, grey, blur and solarising do what they say."""
+    torch.manual_seed(0)
+    frame = torch.randint(0, 256, (1, 3, 40, 50), dtype=torch.uint8)
+    seen = set()
+    for seed in range(40):
+        for second in (False, True):
+            out = augment.view(np.random.default_rng(seed), frame.repeat(3, 1, 1, 1), (24, 24), (0.3, 1), True, second)
+            assert out.shape == (3, 3, 24, 24) and out.dtype == torch.uint8
+            assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
+            seen.add((second, bool((out[:, 0] == out[:, 1]).all())))
+    assert seen == {(a, b) for a in (False, True) for b in (False, True)}  # some are grey, some are not
+    flat = torch.full((2, 3, 9, 9), 200, dtype=torch.uint8)
+    assert (augment.blur(flat, 2.0) == 200).all()
+    point = torch.zeros(1, 3, 21, 21, dtype=torch.uint8)
+    point[..., 10, 10] = 255
+    x = np.arange(-10, 11)
+    kernel = np.exp(-x ** 2 / 4.5) * (abs(x) <= 5)
+    kernel = np.outer(kernel, kernel) / kernel.sum() ** 2
+    assert abs(augment.blur(point, 1.5)[0, 0].numpy() - 255 * kernel).max() <= 0.51
+    red = torch.tensor([200, 100, 100], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 2, 2).contiguous()
+    hues = [augment.color_jitter(np.random.default_rng(s), red, 0, 0, 0, 0.1)[0, :, 0, 0].tolist() for s in range(30)]
+    assert all(max(h) == 200 and min(h) == 100 and h[0] == 200 for h in hues) and len(set(map(tuple, hues))) > 9
+
+
+@test
+def test_view_pairs():
+    """Frames of a clip's two halves, `gap` apart on average; of pictures the same twice; batches hold both kinds."""
+    square = write("pairs.mp4", numbered(40, 96, 96), g=12)
+    pairs = data.ViewPairs([square], [square], gap=8, size=(96, 96), area=(1, 1), image_area=(1, 1), image_color=False)
+    plain = unittest.mock.patch.object(data, "view", lambda rng, clip, *a, **k: clip)
+    with plain:
+        first, second = zip(*(numbers(pairs.load(square, False, np.random.default_rng(seed))[:, 0].numpy())
+                              for seed in range(300)))
+        gaps = np.array(second).astype(int) - np.array(first)
+        assert gaps.min() >= 1 and gaps.max() <= 15 and abs(gaps.mean() - 8) < 0.6
+        a, b = numbers(pairs.load(square, True, np.random.default_rng(1))[:, 0].numpy())
+        assert a == b
+        clips = data.ViewPairs([square], [], num_frames=4, stride=3, size=(96, 96))
+        views = clips.load(square, False, np.random.default_rng(0))
+        starts = [numbers(v.numpy()) for v in views]
+        assert all((np.diff(s.astype(int)) == 3).all() for s in starts) and starts[0][0] != starts[1][0]
+    streams = [data.Batches(n, size, 1, 0, 1, 0, 4, 0) for n, size in ((10, 3), (7, 2))]
+    for batch in data.MixedBatches(*streams):
+        assert [key[2] for key in batch] == [False] * 3 + [True] * 2
+    item, bad = pairs[0, 0, False]
+    assert item.shape == (1, 2, 1, 96, 96, 3) and not bad
+    broken = data.ViewPairs(["nowhere.mp4"], [])
+    assert broken[0, 0, False][0] is None and len(broken[0, 0, False][1]) == 10
+
+
+@test
+def test_joint_targets_and_image_embedding():
+    """Zeros score 767/768 under joint targets; one frame's embedding is a 2-D convolution."""
+    torch.manual_seed(0)
+    model = pretrain_vicmae.ViCMAE("tiny", img_size=32, dec_depth=1, dec_width=96, dec_heads=3, proj_width=32,
+                                   proj_dim=8)
+    video = torch.rand(3, 1, 32, 32, 3)
+    mask = masking.make_mask("tube", 3, model.grid, 0.75)
+    zeros, _ = pretrain.baselines(model, video, mask)
+    assert abs(zeros - 767 / 768) < 1e-3
+    cubes = patchify(video, model.cube).double()  # (3, 4, 768)
+    slow = (cubes - cubes.mean(2, keepdim=True)) / (cubes.var(2, keepdim=True) + 1e-6).sqrt()
+    assert torch.allclose(normalize_cubes(cubes, True).double(), slow, atol=1e-5)
+    eight = (video * 255).round().byte()
+    assert torch.allclose(normalize_cubes(patchify(eight, model.cube), True),
+                          normalize_cubes(patchify(eight / 255, model.cube), True), atol=1e-4)
+    x = ((video - model.encoder.mean[:3]) / model.encoder.std[:3])[:, 0].permute(0, 3, 1, 2)
+    proj = model.encoder.patch_embed.proj
+    conv = F.conv2d(x, proj.weight[:, :, 0], proj.bias, stride=16).flatten(2).mT + model.encoder.pos
+    assert torch.allclose(model.encoder.embed(video), conv, atol=1e-4)
+    views = torch.rand(3, 2, 1, 32, 32, 3)
+    masks = masking.make_mask("tube", 6, model.grid, 0.75).unflatten(0, (3, 2))
+    rec, con, _ = model(views, masks)
+    each = [VideoMAE.forward(model, views[:, k], masks[:, k])[0] for k in range(2)]
+    assert abs(rec - sum(each) / 2) < 1e-5 and con > 0
+
+
+@test
+def test_image_models_become_video_models():
+    """A repeated frame under a zero temporal table: the inflated encoder's pooled output is the image encoder's."""
+    torch.manual_seed(0)
+    source = pretrain_vicmae.ViCMAE("tiny", img_size=32, dec_depth=1, dec_width=96, dec_heads=3, proj_width=32,
+                                    proj_dim=8)
+    path = saved("vicmae.pt", dict(model=source.state_dict(), config=source.config))
+    image = VideoClassifier(3, size="tiny", num_frames=1, img_size=32, tubelet_size=1)
+    video = VideoClassifier(3, size="tiny", num_frames=8, img_size=32, tubelet_size=2, temporal_pos=True)
+    for model in (image, video):
+        report = weights.load_pretrained(model, path, verbose=False)
+        assert {k.split(".")[0] for k in report["new"]} <= {"fc_norm", "head", "temporal_pos"}
+    frame = torch.rand(2, 1, 32, 32, 3)
+    clip = frame.expand(-1, 8, -1, -1, -1)
+    pooled = [Encoder.forward(m, x).mean(1) for m, x in ((image, frame), (video, clip))]
+    assert torch.allclose(*pooled, atol=1e-5) and pooled[0].std() > 0.1
+    with torch.no_grad():
+        video.temporal_pos.normal_()
+    assert not torch.allclose(pooled[0], Encoder.forward(video, clip).mean(1), atol=0.01)
+    groups = {id(p): g for g in param_groups(video, 0.05, 0.5) for p in g["params"]}
+    group = groups[id(video.temporal_pos)]
+    assert group["weight_decay"] == 0 and group["lr_scale"] == 0.5 ** 5
+    again = saved("clip.pt", dict(model=video.state_dict(), config=video.config))
+    back, about = weights.build_model(again, verbose=False)
+    assert torch.allclose(back(clip), video.eval()(clip), atol=1e-6)
+    back, about = weights.build_model(path, verbose=False)  # for eval.py: its decoder and targets come along
+    mask = masking.make_mask("tube", 2, back.grid, 0.5)
+    assert back.joint_norm and torch.allclose(back(frame, mask)[1], VideoMAE.forward(source.eval(), frame, mask)[1])
+
+
+@test
+def test_moco_follows():
+    """Keys and copies have no gradient, the patch embedding stays, copies follow their formula, momentum ends at 1."""
+    torch.manual_seed(0)
+    model = pretrain_moco.MoCo(32, 8, size="tiny", num_frames=4, img_size=32)
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    loss, spread = model(torch.rand(4, 2, 4, 32, 32, 3))
+    loss.backward()
+    assert all(p.grad is None for p in model.followers()) and model.encoder.patch_embed.proj.weight.grad is None
+    assert all(p.grad is not None for p in model.encoder.blocks.parameters())
+    optimizer.step()
+    model.follow(0.75)
+    state = model.state_dict()
+    for name, x in state.items():
+        if name.startswith("momentum_"):
+            leader = name.removeprefix("momentum_")
+            assert torch.allclose(x, 0.75 * start[name] + 0.25 * state[leader], atol=1e-6), name
+    assert torch.equal(state["encoder.patch_embed.proj.weight"], start["encoder.patch_embed.proj.weight"])
+    at = [pretrain_moco.momentum_at(s, 11, 0.99) for s in range(11)]
+    assert at[0] == 0.99 and at[10] == 1 and abs(at[5] - 0.995) < 1e-9 and at == sorted(at)
+
+
+VIEWS = ["--size", "tiny", "--img_size", 16, "--patch_size", 8, "--dtype", "fp32", "--max_steps", 6, "--lr", 0.02,
+         "--log_every", 1, "--epochs", 4, "--warmup_epochs", 1, "--num_workers", 0, "--device", "cpu", "--proj_width",
+         32, "--proj_dim", 8]
+STAGES = {"pretrain_vicmae.py": ["--decoder_depth", 1, "--decoder_width", 96, "--decoder_heads", 3, "--mask_ratio", 0.5,
+                                 "--gap_frames", 4, "--con_weight", 1, "--con_ramp", 1],
+          "pretrain_moco.py": ["--num_frames", 4, "--sampling_rate", 1]}
+
+
+def contrast_run(script, name, *args, **kw):
+    """A run of a few steps -> its output, its weights, its log rows."""
+    out = os.path.join(TMP, name)
+    images = ["--images", toy_videos()] * (script == "pretrain_vicmae.py")
+    text = run(script, *VIEWS, *STAGES[script], "--data", toy_videos(), *images, "--out_dir", out, *args, **kw)
+    return (text, torch.load(os.path.join(out, "last.pt"), weights_only=True)["model"],
+            [json.loads(row) for row in open(os.path.join(out, "log.jsonl"))])
+
+
+@test
+def test_contrastive_ranks_equal_one_process():
+    """2 ranks x 4 samples give the losses and weights of 1 x 8 (fp32), for both scripts; a resumed run is identical."""
+    for script in STAGES:
+        _, one, rows = contrast_run(script, f"one_{script}", "--batch_size", 8)
+        _, two, rows_of_two = contrast_run(script, f"two_{script}", "--batch_size", 4, ranks=2)
+        assert difference(one, two) < 5e-5, (script, max((difference({k: one[k]}, {k: two[k]}), k) for k in one))
+        for a, b in zip(rows, rows_of_two, strict=True):
+            assert abs(a["loss"] - b["loss"]) < 1e-4 and a["chance"] == b["chance"]
+        text, half, _ = contrast_run(script, f"half_{script}", "--batch_size", 8, "--save_every", 2)
+        assert difference(one, half) == 0
+
+
 # ---------------------------------------------------------------- bench.py
 
 @test
@@ -2496,7 +2732,8 @@ def test_toy_movies():
 @test
 def test_every_flag_is_read():
     """No script has a flag that nothing reads, a type=bool, or an unsafe torch.load."""
-    for script in ("pretrain.py", "finetune.py", "eval.py", "detect_ava.py", "data.py", "bench.py"):
+    for script in ("pretrain.py", "pretrain_vicmae.py", "pretrain_moco.py", "finetune.py", "eval.py", "detect_ava.py",
+                   "data.py", "bench.py"):
         text = open(os.path.join(HERE, script)).read()
         for flag in re.findall(r'add_argument\("(?:--)?(\w+)"', text):
             assert f"args.{flag}" in text or flag == "toy", f"{script}: {flag} is never read"

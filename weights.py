@@ -11,6 +11,7 @@ import re
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from einops import repeat
 
 from model import SIZES, VideoClassifier, VideoMAE
@@ -103,7 +104,8 @@ def read_weights(path: str) -> tuple[dict, list | None, dict]:
 def build_model(path: str, num_frames: int | None = None, img_size=None, verbose: bool = True):
     """A weights file of any layout -> (the model it is for, in eval mode, what read_weights tells of it).
 
-    VideoMAE where the file has a decoder, else VideoClassifier. num_frames and img_size default to those of the file.
+    VideoMAE where the file has a decoder or only an encoder (its decoder is None then), else VideoClassifier.
+    num_frames and img_size default to those of the file.
     """
     state, grid, about = read_weights(path)
     if about["size"] is None:
@@ -114,14 +116,19 @@ def build_model(path: str, num_frames: int | None = None, img_size=None, verbose
                   tubelet_size=about["tubelet_size"])
     kwargs |= {k: about[k] for k in ("mean", "std") if k in about}
     if about["pretrained"]:
-        kwargs |= {k: about[k] for k in ("norm_pix_loss", "target") if k in about}
+        kwargs |= {k: about[k] for k in ("norm_pix_loss", "target", "dec_width", "dec_heads", "joint_norm")
+                   if k in about}
         model = VideoMAE(dec_depth=max(int(k.split(".")[2]) for k in state if k.startswith("decoder.blocks.")) + 1,
                          **kwargs)
     elif "head.weight" in state:
-        model = VideoClassifier(len(state["head.weight"]), head_norm="head_norm.running_mean" in state, **kwargs)
+        model = VideoClassifier(len(state["head.weight"]), head_norm="head_norm.running_mean" in state,
+                                temporal_pos="temporal_pos" in state, **kwargs)
+    elif "norm.weight" in state:  # an encoder alone, as of pretrain_moco.py
+        model = VideoMAE(dec_depth=1, **kwargs)
+        model.decoder = None
     else:
-        raise ValueError(f"{path}: holds neither a decoder nor a classification head; finetune.py --init takes it, "
-                         "detect_ava.py --ckpt a detection checkpoint")
+        raise ValueError(f"{path}: holds no final norm, no decoder and no classification head; finetune.py --init "
+                         "takes it, detect_ava.py --ckpt a detection checkpoint")
     load_pretrained(model, path, verbose)
     return model.eval(), about
 
@@ -153,6 +160,8 @@ def load_pretrained(model: nn.Module, path: str, verbose: bool = True) -> dict:
             x = x[:, :, None] if x.ndim == 4 else x  # (D, 3, p, p) of an image ViT
             if x.shape[2] == 1 and y.shape[2] > 1:
                 x = repeat(x, "d c 1 h w -> d c t h w", t=y.shape[2]) / y.shape[2]  # I3D mean
+        if name.endswith("temporal_pos") and len(x) != len(y):
+            x = F.interpolate(x.T[None], size=len(y), mode="linear", align_corners=False)[0].T
         if x.shape == y.shape:
             fits[name] = x
         elif "head." in name or name.startswith("cls_score."):
