@@ -579,26 +579,26 @@ def make_toy(root: str = "toy", log=print):
 TOY_SHAPES, TOY_WAYS = ("disc", "square", "triangle", "cross"), ("right", "down", "left", "up")
 
 
-def waves(rng, side: int, height: int, width: int) -> np.ndarray:
-    """(height, width, 3) float, about -1 to 1: a coloured field of six waves that fit on a torus of `side`."""
-    y, x = np.mgrid[:height, :width]
+def waves(rng, side: int) -> np.ndarray:
+    """(side, side, 3) float, about -1 to 1: a coloured field of six waves of one to three periods."""
+    y, x = np.mgrid[:side, :side]
     k = rng.integers(-3, 4, (6, 2)) * 2 * np.pi / side
     phase, color = rng.uniform(0, 2 * np.pi, (6, 1)), rng.normal(size=(6, 3))
-    field = np.cos(k[:, 0, None, None] * x + k[:, 1, None, None] * y + phase[..., None])  # (6, height, width)
+    field = np.cos(k[:, 0, None, None] * x + k[:, 1, None, None] * y + phase[..., None])  # (6, side, side)
     return np.einsum("fyx,fc->yxc", field, color / np.abs(color).sum(0))
 
 
 def toy_shape_clip(rng, shape: int, way: int, num_frames: int = TOY_FRAMES, side: int = TOY_SIDE) -> np.ndarray:
     """(T, side, side, 3) uint8: a textured shape crosses a textured ground; one frame tells the shape, none the way.
 
-    The ground jumps from frame to frame, so that what two frames of a video share is the thing that moves.
+    The ground jumps from frame to frame, so that what two frames of a video share in its place is the thing that moves.
     """
     y, x = np.mgrid[:side, :side] - side / 2 + 0.5
     r = rng.uniform(0.2, 0.26) * side
     mask = (x ** 2 + y ** 2 < r ** 2, np.maximum(abs(x), abs(y)) < 0.88 * r,
             (y < 0.75 * r) & (y > 2.1 * abs(x) - 1.15 * r),
             (np.minimum(abs(x), abs(y)) < 0.36 * r) & (np.maximum(abs(x), abs(y)) < 1.1 * r))[shape]
-    thing, ground = waves(rng, side, side, side), waves(rng, side, side, side)
+    thing, ground = waves(rng, side), waves(rng, side)
     start, speed = rng.integers(side, size=2), rng.uniform(0.06, 0.1) * side  # pixels per frame
     frames = []
     for t in range(num_frames):

@@ -990,6 +990,21 @@ def test_toy_is_deterministic_and_moves():
     assert data.TOY_TRAIN % 8 == data.TOY_VAL % 8 == 0 and len(data.TOY_CLASSES) == 8
 
 
+@test
+def test_toy_shapes():
+    """The same clip twice; at first all ways look alike, then the shape goes its way; shapes differ in one frame."""
+    draw = lambda shape, way: data.toy_shape_clip(np.random.default_rng(5), shape, way, 6, 48)
+    clips = [draw(0, way) for way in range(4)]
+    assert (clips[0] == draw(0, 0)).all()
+    assert all((clips[0][0] == c[0]).all() and (clips[0][1:] != c[1:]).any() for c in clips[1:])
+    assert len({draw(shape, 0)[0].tobytes() for shape in range(4)}) == 4
+    with unittest.mock.patch.object(data, "waves", lambda rng, side: np.ones((side, side, 3))):  # light on dark
+        for way, (dy, dx) in enumerate(((0, 1), (1, 0), (0, -1), (-1, 0))):
+            masks = data.toy_shape_clip(np.random.default_rng(5), 3, way, 3, 48)[..., 0] > 200
+            steps = [d for d in range(1, 6) if (np.roll(masks[0], (d * dy, d * dx), (0, 1)) == masks[1]).all()]
+            assert len(steps) == 1 and masks.sum((1, 2)).std() == 0, (way, steps)
+
+
 @functools.cache
 def toy_videos(n=12):
     """A folder of n toy videos."""
@@ -2156,26 +2171,39 @@ STAGES = {"pretrain_vicmae.py": ["--decoder_depth", 1, "--decoder_width", 96, "-
           "pretrain_moco.py": ["--num_frames", 4, "--sampling_rate", 1]}
 
 
-def contrast_run(script, name, *args, **kw):
-    """A run of a few steps -> its output, its weights, its log rows."""
-    out = os.path.join(TMP, name)
+def contrast_args(script, name, *args):
+    """The flags of a run of a few steps."""
     images = ["--images", toy_videos()] * (script == "pretrain_vicmae.py")
-    text = run(script, *VIEWS, *STAGES[script], "--data", toy_videos(), *images, "--out_dir", out, *args, **kw)
+    return [*VIEWS, *STAGES[script], "--data", toy_videos(), *images, "--out_dir", os.path.join(TMP, name), *args]
+
+
+def contrast_run(script, name, *args, **kw):
+    """Such a run -> its output, its weights, its log rows."""
+    out = os.path.join(TMP, name)
+    text = run(script, *contrast_args(script, name, *args), **kw)
     return (text, torch.load(os.path.join(out, "last.pt"), weights_only=True)["model"],
             [json.loads(row) for row in open(os.path.join(out, "log.jsonl"))])
 
 
 @test
 def test_contrastive_ranks_equal_one_process():
-    """2 ranks x 4 samples give the losses and weights of 1 x 8 (fp32), for both scripts; a resumed run is identical."""
+    """2 ranks x 4 samples give the losses and weights of 1 x 8 (fp32), for both scripts; killed and resumed: identical."""
     for script in STAGES:
         _, one, rows = contrast_run(script, f"one_{script}", "--batch_size", 8)
         _, two, rows_of_two = contrast_run(script, f"two_{script}", "--batch_size", 4, ranks=2)
         assert difference(one, two) < 5e-5, (script, max((difference({k: one[k]}, {k: two[k]}), k) for k in one))
         for a, b in zip(rows, rows_of_two, strict=True):
             assert abs(a["loss"] - b["loss"]) < 1e-4 and a["chance"] == b["chance"]
-        text, half, _ = contrast_run(script, f"half_{script}", "--batch_size", 8, "--save_every", 2)
-        assert difference(one, half) == 0
+        process = start(script, *contrast_args(script, f"cut_{script}", "--batch_size", 8, "--save_every", 2))
+        for line in process.stdout:
+            if line.startswith("step 3/"):
+                kill_tree(process.pid)
+                break
+        process.communicate()
+        text, again, _ = contrast_run(script, f"cut_{script}", "--batch_size", 8, "--num_workers", 1)
+        assert "resumed" in text and difference(one, again) == 0
+        text = run(script, *contrast_args(script, f"cut_{script}", "--batch_size", 4, "--accum_steps", 2, "--resume"))
+        assert "contrasted 8 -> 4" in text  # other negatives: not the same run
 
 
 # ---------------------------------------------------------------- bench.py
