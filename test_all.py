@@ -2187,7 +2187,7 @@ def contrast_run(script, name, *args, **kw):
 
 @test
 def test_contrastive_ranks_equal_one_process():
-    """2 ranks x 4 samples give the losses and weights of 1 x 8 (fp32), for both scripts; killed and resumed: identical."""
+    """2 ranks x 4 samples give losses and weights of 1 x 8 (fp32), for both scripts; killed and resumed: identical."""
     for script in STAGES:
         _, one, rows = contrast_run(script, f"one_{script}", "--batch_size", 8)
         _, two, rows_of_two = contrast_run(script, f"two_{script}", "--batch_size", 4, ranks=2)
