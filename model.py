@@ -235,8 +235,8 @@ class Encoder(nn.Module):
             raise ValueError(f"num_frames={num_frames} must be a multiple of tubelet_size={tubelet_size}, "
                              f"img_size={H}x{W} of patch_size={patch_size}")
         self.config = dict(size=size, num_frames=num_frames, img_size=[H, W], patch_size=patch_size,
-                           tubelet_size=tubelet_size, mean=list(mean), std=list(std),
-                           temporal_pos=temporal_pos)  # what rebuilds the model
+                           tubelet_size=tubelet_size, mean=list(mean), std=list(std))  # what rebuilds the model
+        self.config |= dict(temporal_pos=True) if temporal_pos else {}
         D, depth, heads = (SIZES[size][k] for k in ("width", "depth", "heads"))
         self.cube = (tubelet_size, patch_size, patch_size)
         self.grid = (num_frames // tubelet_size, H // patch_size, W // patch_size)
