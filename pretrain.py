@@ -181,8 +181,10 @@ def picture(model, video, mask, columns: int = 8) -> tuple[float, np.ndarray]:
     labels = ["input", f"masked {mask.float().mean():.0%}"] + (
         ["prediction + mean and contrast of the visible cubes", "prediction + true mean and contrast (flatters)"]
         if model.norm_pix_loss else ["prediction"])
+    if videos[0].shape[1] == 1:  # single frames stand side by side
+        videos = [v.transpose(0, 1) for v in videos]
     rows = []
-    for clip in range(len(video)):
+    for clip in range(len(videos[0])):
         for label, v in zip(labels, videos):
             rows.append(data.strip((v[clip] * 255).round().byte().cpu().numpy(), label, columns))
     return loss.item(), np.concatenate(rows)

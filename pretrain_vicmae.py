@@ -183,7 +183,7 @@ def main():
             raise ValueError("--tensorboard needs `pip install tensorboard`") from None
 
     # ---- data
-    toy = "toy" in args.data + (args.val_data or [])
+    toy = "toy" in args.data + args.images + (args.val_data or [])
     if toy and local_rank == 0:
         data.make_toy_shapes()
     if world > 1:
