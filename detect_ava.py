@@ -42,7 +42,7 @@ from ava import (Rows, TestFrames, TrainFrames, clip_seconds, find_movies, frame
                  read_boxes, read_detections, read_excluded, read_label_map, read_rows, write_detections)
 from model import (IMAGENET_MEAN, IMAGENET_STD, SIZES, Encoder, best_dtype, count_params, init_linears, param_groups,
                    to_unit)
-from weights import load_pretrained, read_weights
+from weights import encoder_shape, load_pretrained, read_weights
 
 MAX_NONFINITE = 20  # steps in a row with a non-finite gradient before the run gives up
 # mean and std of the input; the second is that of the paper's detection code
@@ -136,11 +136,7 @@ def load_detector(path: str, names: dict | None, norm: str | None = None):
     if not names or len(names) != outputs:
         raise ValueError(f"{path}: has {outputs} outputs; expected --label_map with as many classes"
                          + (f", not {len(names)}" if names else ""))
-    if about["size"] is None:
-        raise ValueError(f"{path}: a ViT of width {about['width']} and {about['depth']} blocks; "
-                         f"expected one of {', '.join(SIZES)}")
-    keys = ("size", "num_frames", "img_size", "patch_size", "tubelet_size", "mean", "std", "aligned")
-    model = Detector(outputs, **{k: about[k] for k in keys if k in about}
+    model = Detector(outputs, **encoder_shape(path), **{k: about[k] for k in ("mean", "std", "aligned") if k in about}
                      | (dict(zip(("mean", "std"), NORMS[norm])) if norm else {}))
     load_pretrained(model, path, verbose=False)
     return model.eval(), names, about["args"]
@@ -523,20 +519,11 @@ def main():
 
     # ---- model: shaped as --init is where the flags do not say otherwise
     if training:
-        like = dict(size="base", num_frames=16, img_size=[224, 224], patch_size=16, tubelet_size=2)
         if args.init:
             init = read_weights(args.init)[2]
-            like = {k: init[k] for k in like}
             about = init["args"] if "short_side" in init["args"] else {}  # a detection checkpoint's clips
-            if init["tubelet_size"] == 1 and init["num_frames"] == 16 and not init["args"]:
-                like["tubelet_size"] = 2  # an image ViT, to be inflated
-        shape = dict(size=args.size or like["size"], num_frames=args.num_frames or like["num_frames"],
-                     img_size=tuple(args.img_size * 2)[:2] if args.img_size else tuple(like["img_size"]),
-                     patch_size=args.patch_size or like["patch_size"],
-                     tubelet_size=args.tubelet_size or like["tubelet_size"])
-        if shape["size"] is None:
-            raise ValueError(f"{args.init}: a ViT of width {init['width']} and {init['depth']} blocks; "
-                             f"expected one of {', '.join(SIZES)}")
+        shape = encoder_shape(args.init, size=args.size, num_frames=args.num_frames, patch_size=args.patch_size,
+                              img_size=args.img_size and tuple(args.img_size * 2)[:2], tubelet_size=args.tubelet_size)
         mean, std = NORMS[args.norm or "imagenet"]
         model = Detector(len(names), args.aligned, mean=mean, std=std, drop_path=args.drop_path,
                          checkpointing=args.checkpointing, **shape)

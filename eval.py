@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 import data
 import masking
-from model import VideoClassifier, VideoMAE, best_dtype, run_blocks
+from model import Encoder, VideoClassifier, VideoMAE, best_dtype
 from weights import build_model, to_hf
 
 # ---- views: which frames, which crops ----
@@ -175,11 +175,9 @@ def features(model, video: torch.Tensor, layer: int | None = None, pool: bool = 
     None: after the last block and the final norm that the model has, which is on tokens in a pre-trained encoder
     (encoder.norm, before the mean), on their mean in a classifier (fc_norm; its unpooled tokens have none).
     """
-    encoder = model.encoder if isinstance(model, VideoMAE) else model
-    x = encoder.embed(video)  # (B, N, D)
-    x = run_blocks(encoder.blocks[:layer], x, False)
+    x = Encoder.forward(model.encoder if isinstance(model, VideoMAE) else model, video, depth=layer)  # (B, N, D)
     if layer is None and isinstance(model, VideoMAE):
-        x = encoder.norm(x)
+        x = model.encoder.norm(x)
     x = x.mean(1) if pool else x
     return model.fc_norm(x) if pool and layer is None and isinstance(model, VideoClassifier) else x
 
@@ -191,7 +189,7 @@ def attention_rollout(model: VideoClassifier, video: torch.Tensor) -> torch.Tens
     Attention rollout (Abnar & Zuidema 2020) for a mean-pooled ViT: in each block a token is half itself, half what the
     heads' mean attention gathers; the shares of the pooled mean are carried back from the last block to the first.
     """
-    x, maps = model.embed(video), []
+    x, maps = model.with_class_token(model.embed(video)), []
     for block in model.blocks:
         a, (B, N, D) = block.attn, x.shape
         bias = torch.cat((a.q_bias, torch.zeros_like(a.v_bias), a.v_bias))
@@ -199,10 +197,12 @@ def attention_rollout(model: VideoClassifier, video: torch.Tensor) -> torch.Tens
         maps.append(sum((q[:, h] @ k[:, h].mT * q.shape[-1] ** -0.5).float().softmax(-1)
                         for h in range(a.heads)) / a.heads)  # (B, N, N), head by head: all at once would be gigabytes
         x = block(x)
+    pooled = x.shape[1] - math.prod(model.grid)  # the class token, where there is one, is not pooled
     share = x.new_full((len(x), 1, x.shape[1]), 1.0, dtype=torch.float32)
+    share[..., :pooled] = 0
     for attention in reversed(maps):
         share = 0.5 * share + 0.5 * share @ attention
-    return share.view(-1, *model.grid)
+    return share[..., pooled:].reshape(-1, *model.grid)
 
 
 def heat(values: torch.Tensor, frames: np.ndarray) -> np.ndarray:

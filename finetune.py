@@ -35,7 +35,7 @@ import augment
 import data
 from eval import TestVideos, run_views, scores
 from model import SIZES, VideoClassifier, best_dtype, count_params, param_groups, to_unit
-from weights import load_pretrained, read_weights
+from weights import encoder_shape, load_pretrained
 
 MAX_NONFINITE = 20  # steps in a row with a non-finite gradient before the run gives up
 
@@ -254,23 +254,10 @@ def main():
     warmup_steps = int(total_steps * args.warmup_epochs / args.epochs)
 
     # ---- model: shaped as --init is where the flags do not say otherwise
-    like = dict(size="base", num_frames=16, img_size=[224, 224], patch_size=16, tubelet_size=2)
-    if args.init:
-        _, grid, about = read_weights(args.init)
-        like = {k: about[k] for k in like}
-        if about["tubelet_size"] == 1 and about["num_frames"] == 16 and not about["args"]:
-            like["tubelet_size"] = 2  # an image ViT, to be inflated
-    shape = dict(size=args.size or like["size"], num_frames=args.num_frames or like["num_frames"],
-                 img_size=(args.img_size, args.img_size) if args.img_size else tuple(like["img_size"]),
-                 patch_size=args.patch_size or like["patch_size"],
-                 tubelet_size=args.tubelet_size or like["tubelet_size"])
-    if shape["size"] is None:
-        raise ValueError(f"{args.init}: a ViT of width {about['width']} and {about['depth']} blocks; "
-                         f"expected one of {', '.join(SIZES)}")
-    if args.init and grid and grid[0] == 1 and shape["num_frames"] > shape["tubelet_size"]:
-        about["temporal_pos"] = True  # weights of images know no time
-    if args.init and about.get("temporal_pos"):
-        shape["temporal_pos"] = True
+    shape = encoder_shape(args.init, size=args.size, num_frames=args.num_frames, patch_size=args.patch_size,
+                          img_size=args.img_size and (args.img_size, args.img_size), tubelet_size=args.tubelet_size)
+    if args.init and shape["num_frames"] == 1 and not args.num_frames:
+        say(f"{args.init} is a model of one frame, and so is this one: --num_frames 16 --tubelet_size 2 inflates it")
     model = VideoClassifier(len(classes), args.head_dropout, args.linear_probe, drop_path=args.drop_path,
                             checkpointing=args.checkpointing, **shape)
     if args.freeze > len(model.blocks):

@@ -27,6 +27,9 @@ SIZES = {
 }
 
 
+IMAGE_PARTS = ("temporal_pos", "spatial_pos", "class_token")  # of an encoder with weights of images
+
+
 def sincos_table(n: int, dim: int) -> torch.Tensor:
     """(n, dim) float32: sin/cos of the flattened token index, interleaved; float64 inside: float32 is off at n=1568."""
     j = torch.arange(dim, dtype=torch.float64)
@@ -47,6 +50,14 @@ def position_table(grid: tuple, dim: int, pos_grid: tuple) -> torch.Tensor:
         x = F.interpolate(x, size=grid[0], mode="linear", align_corners=False)
         x = rearrange(x, "(d h w) 1 t -> t d h w", h=grid[1], w=grid[2])
     return rearrange(x, "t d h w -> (t h w) d").contiguous()
+
+
+def resize_table(table: torch.Tensor, grid: tuple, to: tuple) -> torch.Tensor:
+    """(h * w, D) of a spatial grid -> that of another, bicubic."""
+    if tuple(grid) == tuple(to):
+        return table
+    x = rearrange(table, "(h w) d -> 1 d h w", h=grid[0])
+    return rearrange(F.interpolate(x, size=tuple(to), mode="bicubic", align_corners=False), "1 d h w -> (h w) d")
 
 
 def patchify(video: torch.Tensor, cube: tuple) -> torch.Tensor:
@@ -221,12 +232,14 @@ class CubeEmbed(nn.Module):
 class Encoder(nn.Module):
     """ViT on cubes; `img_size` is a side or (H, W), `pos_grid` the token grid of the position table (default: own).
 
-    temporal_pos adds a trainable table, zero at first, of a row per temporal slot: for weights of images, whose
-    positions say nothing of time.
+    For weights of images: temporal_pos adds a trainable table, zero at first, of a row per temporal slot, since their
+    positions say nothing of time; spatial_pos is a trainable table (h * w, D) in place of the sin-cos one; class_token
+    (its own position added) takes part in attention and is then dropped.
     """
 
     def __init__(self, size="base", num_frames=16, img_size=224, patch_size=16, tubelet_size=2, drop_path=0.0,
-                 checkpointing=False, pos_grid=None, mean=IMAGENET_MEAN, std=IMAGENET_STD, temporal_pos=False):
+                 checkpointing=False, pos_grid=None, mean=IMAGENET_MEAN, std=IMAGENET_STD, temporal_pos=False,
+                 spatial_pos=False, class_token=False):
         super().__init__()
         if size not in SIZES:
             raise ValueError(f"size={size!r}: expected one of {', '.join(SIZES)}")
@@ -236,7 +249,8 @@ class Encoder(nn.Module):
                              f"img_size={H}x{W} of patch_size={patch_size}")
         self.config = dict(size=size, num_frames=num_frames, img_size=[H, W], patch_size=patch_size,
                            tubelet_size=tubelet_size, mean=list(mean), std=list(std))  # what rebuilds the model
-        self.config |= dict(temporal_pos=True) if temporal_pos else {}
+        there = zip(IMAGE_PARTS, (temporal_pos, spatial_pos, class_token))
+        self.config |= {name: True for name, wanted in there if wanted}
         D, depth, heads = (SIZES[size][k] for k in ("width", "depth", "heads"))
         self.cube = (tubelet_size, patch_size, patch_size)
         self.grid = (num_frames // tubelet_size, H // patch_size, W // patch_size)
@@ -248,6 +262,8 @@ class Encoder(nn.Module):
         self.register_buffer("std", torch.tensor(std).repeat(pixels), persistent=False)
         self.register_buffer("pos", torch.empty(0), persistent=False)
         self.temporal_pos = nn.Parameter(torch.zeros(self.grid[0], D)) if temporal_pos else None
+        self.spatial_pos = nn.Parameter(torch.zeros(math.prod(self.grid[1:]), D)) if spatial_pos else None
+        self.class_token = nn.Parameter(torch.zeros(1, 1, D)) if class_token else None
         self.set_positions(pos_grid or self.grid)
 
     def set_positions(self, pos_grid):
@@ -263,14 +279,29 @@ class Encoder(nn.Module):
         cubes = patchify(video, self.cube)  # (B, N, P)
         cubes = cubes if ids is None else take(cubes, ids)  # (B, n, P)
         x = self.patch_embed((to_unit(cubes) - self.mean) / self.std)  # (B, n, D)
-        pos = self.pos
-        if self.temporal_pos is not None:
-            pos = pos + self.temporal_pos.repeat_interleave(self.grid[1] * self.grid[2], 0)
+        pos = self.positions()  # (N, D)
         return x + (pos if ids is None else pos[ids]).to(x.dtype)
 
-    def forward(self, video, ids=None):
-        """-> (B, n, D): tokens after the last block, without a final norm."""
-        return run_blocks(self.blocks, self.embed(video, ids), self.checkpointing)
+    def positions(self):
+        """(N, D): what is added to the tokens of the whole grid."""
+        t, h, w = self.grid
+        pos = self.pos
+        if self.spatial_pos is not None:
+            own = [n // self.cube[1] for n in self.config["img_size"]]  # detection changes self.grid
+            pos = resize_table(self.spatial_pos, own, (h, w)).repeat(t, 1)
+        if self.temporal_pos is not None:
+            pos = pos + self.temporal_pos.repeat_interleave(h * w, 0)
+        return pos
+
+    def with_class_token(self, x):
+        """(B, n, D) -> (B, n + 1, D), the class token first, or x where there is none."""
+        return x if self.class_token is None else torch.cat([self.class_token.expand(len(x), -1, -1).to(x.dtype), x], 1)
+
+    def forward(self, video, ids=None, depth=None):
+        """-> (B, n, D): tokens after the last (or `depth`) blocks, without a final norm and without the class token."""
+        x = self.with_class_token(self.embed(video, ids))
+        x = run_blocks(self.blocks[:depth], x, self.checkpointing)
+        return x if self.class_token is None else x[:, 1:]
 
 
 class Decoder(nn.Module):
@@ -296,12 +327,12 @@ class VideoMAE(nn.Module):
 
     def __init__(self, size="base", num_frames=16, img_size=224, patch_size=16, tubelet_size=2, dec_depth=None,
                  norm_pix_loss=True, target="clip", checkpointing=False, encoder_norm=True, pos_grid=None,
-                 mean=IMAGENET_MEAN, std=IMAGENET_STD, dec_width=None, dec_heads=None, joint_norm=False):
+                 mean=IMAGENET_MEAN, std=IMAGENET_STD, dec_width=None, dec_heads=None, joint_norm=False, **encoder):
         super().__init__()
         if target not in ("clip", "center", "dense"):
             raise ValueError(f"target={target!r}: expected clip, center or dense")
         self.encoder = Encoder(size, num_frames, img_size, patch_size, tubelet_size, 0.0, checkpointing, pos_grid,
-                               mean, std)
+                               mean, std, **encoder)
         s = SIZES[size]
         dec_depth, d, dec_heads = dec_depth or s["dec_depth"], dec_width or s["dec_width"], dec_heads or s["dec_heads"]
         self.grid, self.cube = self.encoder.grid, self.encoder.cube
@@ -329,7 +360,8 @@ class VideoMAE(nn.Module):
         """Takes the position tables of another token grid, resized to this model's."""
         self.config["pos_grid"] = list(pos_grid)
         self.encoder.set_positions(pos_grid)
-        self.dec_pos = position_table(self.grid, self.mask_token.shape[2], pos_grid).to(self.dec_pos.device)
+        known = self.grid if pos_grid[0] == 1 < self.grid[0] else pos_grid  # an image's table would say nothing of time
+        self.dec_pos = position_table(self.grid, self.mask_token.shape[2], known).to(self.dec_pos.device)
 
     def select(self, mask, decoder_mask=None, num_visible=None, num_decoded=None):
         """-> ids of visible tokens (B, N_vis), of decoded ones (B, M), which of these (B, M) count (None: all)."""
@@ -419,8 +451,8 @@ class VideoClassifier(Encoder):
 def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
     """AdamW groups {params, weight_decay, lr_scale} for weight decay and layer-wise learning rates.
 
-    No decay for 1-D parameters and mask_token, as in the paper's code. lr_scale = layer_decay^(depth+1-id) with id 0
-    for the patch embedding, i+1 for encoder block i; 1 for all that follows.
+    No decay for 1-D parameters, tokens and position tables, as in the paper's code. lr_scale = layer_decay^(depth+1-id)
+    with id 0 for all up to the patch embedding, i+1 for encoder block i; 1 for all that follows.
     """
     depth = SIZES[model.config["size"]]["depth"]
     groups = {}
@@ -428,8 +460,8 @@ def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0
         if not p.requires_grad:
             continue
         block = re.match(r"(?:encoder\.)?blocks\.(\d+)\.", name)
-        layer = int(block[1]) + 1 if block else 0 if "patch_embed" in name or "temporal_pos" in name else depth + 1
-        decay = 0.0 if p.ndim == 1 or name.endswith(("mask_token", "temporal_pos")) else weight_decay
+        layer = int(block[1]) + 1 if block else 0 if "patch_embed" in name or name.endswith(IMAGE_PARTS) else depth + 1
+        decay = 0.0 if p.ndim == 1 or name.endswith(("mask_token", *IMAGE_PARTS)) else weight_decay
         group = dict(params=[], weight_decay=decay, lr_scale=layer_decay ** (depth + 1 - layer))
         groups.setdefault((layer if layer_decay != 1 else 0, decay), group)["params"].append(p)
     return list(groups.values())
@@ -450,7 +482,7 @@ def forward_macs(model: nn.Module, num_visible=None, num_decoded=None) -> int:
     s, N, P = SIZES[model.config["size"]], math.prod(model.grid), 3 * math.prod(model.cube)
     D, d = s["width"], model.config.get("dec_width")
     if isinstance(model, VideoClassifier):
-        return block_macs(N, D, s["depth"]) + N * D * P + D * model.head.out_features + 5 * D
+        return block_macs(N + bool(model.config.get("class_token")), D, s["depth"]) + N * D * P + D * model.head.out_features + 5 * D
     n, M = num_visible, num_decoded
     encoder = n * D * P + block_macs(n, D, s["depth"]) + 5 * n * D + n * D * d
     head = 5 * M * d + M * d * model.decoder.head.out_features

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import masking
 from model import SIZES, VideoMAE, best_dtype, count_params, param_groups, patchify, to_unit, unpatchify
-from weights import load_pretrained
+from weights import image_parts, load_pretrained
 
 MAX_NONFINITE = 20  # steps in a row with a non-finite gradient before the run gives up
 
@@ -249,7 +249,8 @@ def main():
 
     # ---- model
     model = VideoMAE(args.size, args.num_frames, args.img_size, args.patch_size, args.tubelet_size, args.decoder_depth,
-                     args.norm_pix_loss, args.target, args.checkpointing)
+                     args.norm_pix_loss, args.target, args.checkpointing,
+                     **image_parts(args.init, num_frames=args.num_frames, tubelet_size=args.tubelet_size))
     num_visible = math.prod(model.grid) - masking.num_masked(args.mask_type, model.grid, args.mask_ratio)
     num_decoded = None
     if args.decoder_mask_ratio:

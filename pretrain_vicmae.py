@@ -36,7 +36,7 @@ import masking
 from contrastive import head, info_nce
 from model import SIZES, VideoMAE, best_dtype, count_params, param_groups
 from pretrain import baselines, lr_at, picture
-from weights import load_pretrained
+from weights import image_parts, load_pretrained
 
 MAX_NONFINITE = 20  # steps in a row with a non-finite gradient before the run gives up
 
@@ -216,7 +216,7 @@ def main():
     model = ViCMAE(args.size, img_size=args.img_size, patch_size=args.patch_size, dec_depth=args.decoder_depth,
                    dec_width=args.decoder_width, dec_heads=args.decoder_heads, norm_pix_loss=args.norm_pix_loss,
                    checkpointing=args.checkpointing, proj_width=args.proj_width, proj_dim=args.proj_dim,
-                   temperature=args.temperature)
+                   temperature=args.temperature, **image_parts(args.init, num_frames=1, tubelet_size=1))
     num_visible = math.prod(model.grid) - masking.num_masked("tube", model.grid, args.mask_ratio)
 
     # ---- resume: the run in out_dir goes on if it is this one

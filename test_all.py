@@ -47,9 +47,9 @@ import pretrain
 import pretrain_moco
 import pretrain_vicmae
 import weights
-from model import (SIZES, Encoder, HeadwiseAttention, VideoClassifier, VideoMAE, best_dtype, count_params,
-                   forward_macs, normalize_cubes, param_groups, patchify, position_table, sincos_table, split,
-                   unpatchify)
+from model import (IMAGENET_MEAN, IMAGENET_STD, SIZES, Encoder, HeadwiseAttention, VideoClassifier, VideoMAE,
+                   best_dtype, count_params, forward_macs, normalize_cubes, param_groups, patchify, position_table,
+                   sincos_table, split, unpatchify)
 
 evaluate = importlib.import_module("eval")  # `import eval` would hide the builtin
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -443,25 +443,112 @@ def test_other_frames_and_sides():
     assert torch.equal(VideoMAE(**model.config).encoder.pos, model.encoder.pos)
 
 
-@test
-def test_image_weights_are_inflated():
-    """A timm ViT: patch embedding repeated over the tubelet and divided; qkv.bias less its k third; same outputs."""
-    torch.manual_seed(0)
-    image = Encoder("tiny", num_frames=1, img_size=16, patch_size=8, tubelet_size=1)
-    state = {k: torch.randn_like(v) * 0.1 for k, v in image.state_dict().items()}
-    timm = {k: v for k, v in state.items() if not k.endswith(("q_bias", "v_bias"))}
-    timm["pos_embed"] = torch.zeros(1, 5, 128)
+def plain_vit(state: dict, images: torch.Tensor, blocks: int, heads: int, keep=None) -> torch.Tensor:
+    """(B, 3, H, W) normalised -> (B, 1 + N, D) after the last block, of an image ViT in timm's and MAE's layout.
+
+    keep: the patches that it sees.
+    """
+    def linear(x, name):
+        return x @ state[name + ".weight"].T + state[name + ".bias"]
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return x * state[name + ".weight"] + state[name + ".bias"]
+    weight = state["patch_embed.proj.weight"]
+    x = torch.nn.functional.conv2d(images, weight, state["patch_embed.proj.bias"], stride=weight.shape[-1])
+    x = x.flatten(2).transpose(1, 2)
+    x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x], 1) + state["pos_embed"]
+    x = x if keep is None else x[:, [0] + [1 + i for i in keep]]
+    B, N, D = x.shape
+    for i in range(blocks):
+        q, k, v = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv").split(D, -1)
+        q, k, v = (y.reshape(B, N, heads, D // heads).transpose(1, 2) for y in (q, k, v))
+        a = (q @ k.transpose(2, 3) / (D // heads) ** 0.5).softmax(-1) @ v
+        x = x + linear(a.transpose(1, 2).reshape(B, N, D), f"blocks.{i}.attn.proj")
+        h = linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1")
+        x = x + linear(h * 0.5 * (1 + torch.erf(h / 2 ** 0.5)), f"blocks.{i}.mlp.fc2")
+    return x
+
+
+def released_vit(seed: int, **more) -> dict:
+    """A random state dict in the layout of MAE's and ViC-MAE's released ViTs: width 128, 4 blocks, patch 8, 4x4."""
+    torch.manual_seed(seed)
+    shapes = {"cls_token": (1, 1, 128), "pos_embed": (1, 17, 128), "patch_embed.proj.weight": (128, 3, 8, 8),
+              "patch_embed.proj.bias": (128,), "norm.weight": (128,), "norm.bias": (128,)}
     for i in range(4):
-        q, v = state[f"blocks.{i}.attn.q_bias"], state[f"blocks.{i}.attn.v_bias"]
-        timm[f"blocks.{i}.attn.qkv.bias"] = torch.cat([q, torch.randn(128), v])
-    timm["patch_embed.proj.weight"] = state["patch_embed.proj.weight"][:, :, 0]
-    image.load_state_dict(state)
-    video = Encoder("tiny", num_frames=2, img_size=16, patch_size=8)
-    report = weights.load_pretrained(video, saved("vit.pth", timm), verbose=False)
-    assert set(report["skipped"]) == {"pos_embed"}
-    frame = torch.randint(0, 256, (2, 1, 16, 16, 3), dtype=torch.uint8)
+        for name, shape in {"norm1": (128,), "norm2": (128,), "attn.qkv": (384, 128), "attn.proj": (128, 128),
+                            "mlp.fc1": (512, 128), "mlp.fc2": (128, 512)}.items():
+            shapes |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
+    return {k: torch.randn(shape) * 0.2 for k, shape in (shapes | more).items()}
+
+
+@test
+def test_image_vits_load():
+    """Image ViTs as released (class token, position table, k bias, other decoders): outputs of a plain ViT of its own.
+
+    Inflated too, of a repeated frame in one temporal slot (in more there is still one class token, with a smaller share
+    of the attention); without a class token test_image_models_become_video_models has more.
+    """
+    frames = torch.randint(0, 256, (2, 1, 32, 32, 3), dtype=torch.uint8)
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    images = ((frames[:, 0] / 255 - mean) / std).permute(0, 3, 1, 2)
+    decoder = {"mask_token": (1, 1, 64), "decoder_pos_embed": (1, 17, 64), "decoder_embed.weight": (64, 128),
+               "decoder_embed.bias": (64,), "decoder_blocks.0.attn.qkv.bias": (192,), "decoder_norm.weight": (64,),
+               "decoder_pred.weight": (192, 64), "projector.0.weight": (96, 128), "projector.6.bias": (16,)}
+    state = released_vit(0, **decoder)
+    path = saved("vicmae.pth", dict(model=state, epoch=3))
+    wanted = plain_vit(state, images, 4, 4)
+    shape = weights.encoder_shape(path)
+    assert shape == dict(size="tiny", num_frames=1, img_size=(32, 32), patch_size=8, tubelet_size=1, spatial_pos=True,
+                         class_token=True)
+    model, about = weights.build_model(path, verbose=False)  # an encoder alone
+    assert model.decoder is None
     with torch.no_grad():
-        assert torch.allclose(video(frame.repeat(1, 2, 1, 1, 1)), image(frame), atol=1e-5)
+        tokens = model.encoder(frames)
+        assert torch.allclose(tokens, wanted[:, 1:], atol=1e-4), (tokens - wanted[:, 1:]).abs().max()
+        keep = [3, 0, 9]  # with the class token, as under a mask
+        few = model.encoder(frames, torch.tensor([keep, keep]))
+        assert torch.allclose(few, plain_vit(state, images, 4, 4, keep)[:, 1:], atol=1e-4)
+        last = evaluate.features(model, frames)
+        norm = torch.nn.functional.layer_norm(wanted[:, 1:], (128,), state["norm.weight"], state["norm.bias"], 1e-6)
+        assert torch.allclose(last, norm.mean(1), atol=1e-4)
+        shape = weights.encoder_shape(path, num_frames=8, tubelet_size=2)
+        assert shape["temporal_pos"]
+        video = VideoClassifier(3, **shape)
+        report = weights.load_pretrained(video, path, verbose=False)
+        assert not [k for k in report["skipped"] if k.startswith(("cls", "class", "pos", "blocks", "patch"))]
+        assert set(report["new"]) == {"temporal_pos", "fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+        clip = VideoClassifier(3, **weights.encoder_shape(path, num_frames=2, tubelet_size=2))  # one temporal slot
+        weights.load_pretrained(clip, path, verbose=False)
+        assert torch.allclose(Encoder.forward(clip, frames.repeat(1, 2, 1, 1, 1)), wanted[:, 1:], atol=1e-4)
+    # at 48 pixels the table is resized, the class token's position is not
+    large = VideoClassifier(3, **weights.encoder_shape(path, img_size=(48, 48)))
+    weights.load_pretrained(large, path, verbose=False)
+    table = state["pos_embed"][0, 1:].view(1, 4, 4, 128).permute(0, 3, 1, 2)
+    table = torch.nn.functional.interpolate(table, size=(6, 6), mode="bicubic", align_corners=False)
+    assert torch.allclose(large.spatial_pos, table[0].flatten(1).T, atol=1e-6)
+    assert torch.equal(large.class_token, state["cls_token"] + state["pos_embed"][:, :1])
+    # a classifier fine-tuned as MAE's: mean over the patches, fc_norm, head
+    tuned = released_vit(1, **{"fc_norm.weight": (128,), "fc_norm.bias": (128,), "head.weight": (5, 128),
+                               "head.bias": (5,)})
+    del tuned["norm.weight"], tuned["norm.bias"]
+    classifier, _ = weights.build_model(saved("tuned.pth", dict(model=tuned)), verbose=False)
+    x = plain_vit(tuned, images, 4, 4)[:, 1:].mean(1)
+    x = torch.nn.functional.layer_norm(x, (128,), tuned["fc_norm.weight"], tuned["fc_norm.bias"], 1e-6)
+    assert torch.allclose(classifier(frames), x @ tuned["head.weight"].T + tuned["head.bias"], atol=1e-4)
+    # what is ours again, from our own checkpoint: nothing lost; what is no such ViT is named
+    again = saved("ours.pt", dict(model=large.state_dict(), config=large.config))
+    back, _ = weights.build_model(again, verbose=False)
+    x = torch.rand(1, 1, 48, 48, 3)
+    assert torch.equal(back(x), large.eval()(x))
+    for wrong in (dict(reg_token=torch.zeros(1, 4, 128)), dict(pos_embed=torch.zeros(1, 19, 128))):
+        try:
+            weights.read_weights(saved("odd.pth", state | wrong))
+        except ValueError as e:
+            assert "odd.pth" in str(e) and ("reg_token" in str(e) or "19 positions" in str(e))
+        else:
+            raise AssertionError(f"{list(wrong)} was taken")
 
 
 @test

@@ -6,6 +6,7 @@ reference's names.
 
 import argparse
 import json
+import math
 import os
 import re
 
@@ -14,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import repeat
 
-from model import SIZES, VideoClassifier, VideoMAE
+from model import IMAGE_PARTS, SIZES, VideoClassifier, VideoMAE, resize_table
 
 HF_NAMES = [(r"^videomae\.embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
             (r"^videomae\.encoder\.layer\.", "blocks."), (r"^videomae\.layernorm\.", "norm."),
@@ -43,11 +44,29 @@ def to_reference(state: dict) -> dict:
     return out
 
 
-def read_weights(path: str) -> tuple[dict, list | None, dict]:
-    """-> state dict in reference names, token grid of its positions (None: images), and what else the file tells.
+def image_positions(state: dict, path: str) -> int:
+    """The positions of an image ViT in reference names, in place: pos_embed -> spatial_pos (N, D); -> their side.
+
+    With a row for the class token (timm's and MAE's first) it is added to that, since only the sum is ever used.
+    """
+    table = state.pop("pos_embed")[0]  # (N or 1 + N, D)
+    token, side = state.pop("cls_token", None), math.isqrt(len(table))
+    unknown = [k for k in ("dist_token", "reg_token", "norm_pre.weight") if k in state]
+    if unknown or side ** 2 != len(table) and (token is None or math.isqrt(len(table) - 1) ** 2 != len(table) - 1):
+        raise ValueError(f"{path}: an image ViT with {unknown[0] if unknown else f'{len(table)} positions'}; expected a "
+                         "square of patches and at most one class token before it")
+    if side ** 2 != len(table):
+        token, table, side = token + table[0], table[1:], math.isqrt(len(table) - 1)
+    state |= dict(spatial_pos=table) | ({} if token is None else dict(class_token=token))
+    return side
+
+
+def read_weights(path: str) -> tuple[dict, list, dict]:
+    """-> state dict in reference names, token grid of its positions, and what else the file tells.
 
     The third is a dict: size, patch_size, tubelet_size, num_frames, img_size [H, W] (where a file does not say, 16 and
-    224), pretrained (holds a decoder), classes (names or None), args (of our script, or {}). ValueError names the file.
+    224), temporal_pos, spatial_pos, class_token (True where it has them), pretrained (holds a decoder), classes (names
+    or None), args (of our script, or {}). ValueError names the file.
     """
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     if os.path.isdir(path):
@@ -95,10 +114,44 @@ def read_weights(path: str) -> tuple[dict, list | None, dict]:
     if not blocks or cubes.ndim < 4:
         raise ValueError(f"{path}: no ViT in a known layout; it holds {list(state)[:3]}...")
     width, depth = len(cubes), max(blocks) + 1
+    if cubes.ndim == 4:  # an image ViT: MAE's, ViC-MAE's, timm's
+        if "pos_embed" not in state:
+            raise ValueError(f"{path}: an image ViT without pos_embed")
+        side = image_positions(state, path)
+        if {"decoder_embed.weight", "mask_token"} <= state.keys():  # MAE's decoder, which this project does not have
+            state["decoder_mask_token"] = state.pop("mask_token")
+        grid, config = (1, side, side), dict(num_frames=1, img_size=[side * cubes.shape[-1]] * 2)
     size = next((name for name, s in SIZES.items() if (s["width"], s["depth"]) == (width, depth)), None)
     about |= dict(size=size, width=width, depth=depth, patch_size=cubes.shape[-1], num_frames=16, img_size=[224, 224],
-                  tubelet_size=cubes.shape[2] if cubes.ndim == 5 else 1, pretrained="mask_token" in state) | config
-    return state, None if "pos_embed" in state else list(grid), about
+                  tubelet_size=cubes.shape[2] if cubes.ndim == 5 else 1,
+                  pretrained="encoder_to_decoder.weight" in state) | config
+    about |= {part: True for part in IMAGE_PARTS if part in state}
+    return state, list(grid), about
+
+
+def encoder_shape(init: str | None, **flags) -> dict:
+    """The keyword arguments of an Encoder as an --init file has them where the flags (None: not given) do not say.
+
+    flags: size, num_frames, img_size (H, W), patch_size, tubelet_size. Weights of images get a temporal table in a model of
+    several temporal slots, as they know no time. ValueError names the file.
+    """
+    shape = dict(size="base", num_frames=16, img_size=[224, 224], patch_size=16, tubelet_size=2)
+    if init:
+        _, grid, about = read_weights(init)
+        parts = {k: True for k in IMAGE_PARTS if about.get(k)}
+        shape = {k: about[k] for k in shape} | parts
+    shape |= {k: v for k, v in flags.items() if v is not None}
+    if shape["size"] is None:
+        raise ValueError(f"{init}: a ViT of width {about['width']} and {about['depth']} blocks; "
+                         f"expected one of {', '.join(SIZES)}")
+    if init and grid[0] == 1 and shape["num_frames"] > shape["tubelet_size"]:
+        shape["temporal_pos"] = True
+    return shape | dict(img_size=tuple(shape["img_size"]))
+
+
+def image_parts(init: str | None, **flags) -> dict:
+    """Those arguments of encoder_shape alone that a model needs to take weights of images: a subset of IMAGE_PARTS."""
+    return {k: v for k, v in encoder_shape(init, **flags).items() if k in IMAGE_PARTS}
 
 
 def build_model(path: str, num_frames: int | None = None, img_size=None, verbose: bool = True):
@@ -108,22 +161,16 @@ def build_model(path: str, num_frames: int | None = None, img_size=None, verbose
     num_frames and img_size default to those of the file.
     """
     state, grid, about = read_weights(path)
-    if about["size"] is None:
-        raise ValueError(f"{path}: a ViT of width {about['width']} and {about['depth']} blocks; "
-                         f"expected one of {', '.join(SIZES)}")
-    kwargs = dict(size=about["size"], num_frames=num_frames or about["num_frames"],
-                  img_size=img_size or tuple(about["img_size"]), patch_size=about["patch_size"],
-                  tubelet_size=about["tubelet_size"])
+    kwargs = encoder_shape(path, num_frames=num_frames, img_size=img_size)
     kwargs |= {k: about[k] for k in ("mean", "std") if k in about}
     if about["pretrained"]:
         kwargs |= {k: about[k] for k in ("norm_pix_loss", "target", "dec_width", "dec_heads", "joint_norm")
                    if k in about}
         model = VideoMAE(dec_depth=max(int(k.split(".")[2]) for k in state if k.startswith("decoder.blocks.")) + 1,
                          **kwargs)
-    elif "head.weight" in state:
-        model = VideoClassifier(len(state["head.weight"]), head_norm="head_norm.running_mean" in state,
-                                temporal_pos="temporal_pos" in state, **kwargs)
-    elif "norm.weight" in state:  # an encoder alone, as of pretrain_moco.py
+    elif "head.weight" in state and "fc_norm.weight" in state:
+        model = VideoClassifier(len(state["head.weight"]), head_norm="head_norm.running_mean" in state, **kwargs)
+    elif "norm.weight" in state:  # an encoder alone, as of pretrain_moco.py, or with another's decoder or head
         model = VideoMAE(dec_depth=1, **kwargs)
         model.decoder = None
     else:
@@ -137,14 +184,14 @@ def load_pretrained(model: nn.Module, path: str, verbose: bool = True) -> dict:
     """Loads a file (or Hugging Face folder) of any known layout into a VideoMAE or VideoClassifier of any T, H, W.
 
     Position tables are resized from the file's token grid, image patch embeddings repeated over the tubelet and divided
-    by its length; nothing else is changed. Returns {"loaded": [names], "skipped": {name: why}, "new": {name: why}} and
+    by its length; nothing else is changed. A class token and position table are taken where the model has them. Returns {"loaded": [names], "skipped": {name: why}, "new": {name: why}} and
     prints it. ValueError names the parameter and both shapes where they differ, except for heads, which are skipped and
     start new.
     """
-    source, grid, _ = read_weights(path)
+    source, grid, about = read_weights(path)
     want = model.state_dict()
     if isinstance(model, VideoMAE):
-        source = {f"encoder.{k}" if k.startswith(("patch_embed.", "blocks.", "norm.")) else k: v
+        source = {f"encoder.{k}" if k.startswith(("patch_embed.", "blocks.", "norm.", *IMAGE_PARTS)) else k: v
                   for k, v in source.items()}
         if "encoder.norm.weight" in want and "encoder.norm.weight" not in source and "mask_token" in source:
             model.encoder.norm = nn.Identity()  # HF files made with use_mean_pooling
@@ -162,6 +209,8 @@ def load_pretrained(model: nn.Module, path: str, verbose: bool = True) -> dict:
                 x = repeat(x, "d c 1 h w -> d c t h w", t=y.shape[2]) / y.shape[2]  # I3D mean
         if name.endswith("temporal_pos") and len(x) != len(y):
             x = F.interpolate(x.T[None], size=len(y), mode="linear", align_corners=False)[0].T
+        if name.endswith("spatial_pos"):
+            x = resize_table(x, [n // about["patch_size"] for n in about["img_size"]], model.grid[1:])
         if x.shape == y.shape:
             fits[name] = x
         elif "head." in name or name.startswith("cls_score."):
@@ -172,11 +221,10 @@ def load_pretrained(model: nn.Module, path: str, verbose: bool = True) -> dict:
     model.load_state_dict(fits, strict=False)
     report["loaded"] = list(fits)
     report["new"] = {k: report["skipped"].get(k, "not in the file") for k in want if k not in fits}
-    if grid:
-        model.set_positions(grid)
+    model.set_positions(grid)
     if verbose:
-        print(f"{path}: {len(report['loaded'])} tensors loaded; "
-              f"positions made for token grid {grid or 'of images, not used'}, model has {model.grid}")
+        print(f"{path}: {len(report['loaded'])} tensors loaded; positions made for token grid {tuple(grid)}, model has "
+              f"{model.grid}")
         for what in ("skipped", "new"):
             stems = {}
             for k, why in report[what].items():  # one line per part and reason
