@@ -588,24 +588,25 @@ def waves(rng, side: int) -> np.ndarray:
     return np.einsum("fyx,fc->yxc", field, color / np.abs(color).sum(0))
 
 
-def toy_shape_clip(rng, shape: int, way: int, num_frames: int = TOY_FRAMES, side: int = TOY_SIDE) -> np.ndarray:
-    """(T, side, side, 3) uint8: a textured shape crosses a textured ground; one frame tells the shape, none the way.
+def toy_shape_clip(rng, shape: int, way: int, fields: list, num_frames: int = TOY_FRAMES) -> np.ndarray:
+    """(T, side, side, 3) uint8: four equal shapes cross a ground together; one frame tells the shape, none the way.
 
-    The ground jumps from frame to frame, so that what two frames of a video share in its place is the thing that moves.
+    Light and ground (one of the fields (side, side, 3), anywhere) are drawn anew in every frame, so that frames of a
+    video share shape, size and motion alone: there is no texture to know a video by. Shapes of one size have one area.
     """
-    y, x = np.mgrid[:side, :side] - side / 2 + 0.5
-    r = rng.uniform(0.2, 0.26) * side
+    side = len(fields[0])
+    field = lambda: np.roll(fields[rng.integers(len(fields))], rng.integers(side, size=2), (0, 1))
+    y, x = np.mgrid[:side // 2, :side // 2] - side / 4 + 0.5
+    r = rng.uniform(0.14, 0.18) * side
     mask = (x ** 2 + y ** 2 < r ** 2, np.maximum(abs(x), abs(y)) < 0.88 * r,
-            (y < 0.75 * r) & (y > 2.1 * abs(x) - 1.15 * r),
-            (np.minimum(abs(x), abs(y)) < 0.36 * r) & (np.maximum(abs(x), abs(y)) < 1.1 * r))[shape]
-    thing, ground = waves(rng, side), waves(rng, side)
+            (y < 1.27 * r) & (y > 2.1 * abs(x) - 1.27 * r),
+            (np.minimum(abs(x), abs(y)) < 0.39 * r) & (np.maximum(abs(x), abs(y)) < 1.2 * r))[shape]
     start, speed = rng.integers(side, size=2), rng.uniform(0.06, 0.1) * side  # pixels per frame
     frames = []
     for t in range(num_frames):
         move = (start + np.round(t * speed * np.array(((0, 1), (1, 0), (0, -1), (-1, 0))[way]))).astype(int)
-        there, look = (np.roll(a, move, (0, 1)) for a in (mask, thing))
-        jump = np.roll(ground, rng.integers(side, size=2), (0, 1))
-        frames.append(np.where(there[..., None], 160 + 90 * look, 96 + 90 * jump))
+        there = np.roll(np.tile(mask, (2, 2)), move, (0, 1))[..., None]
+        frames.append(np.where(there, rng.choice((58, 198)) + 20 * field(), 128 + 40 * field()))
     return np.stack(frames).clip(0, 255).astype(np.uint8)
 
 
@@ -615,12 +616,13 @@ def make_toy_shapes(root: str = "toy_shapes", log=print):
     train_shape.tsv, train_way.tsv, val_shape.tsv, val_way.tsv; their paths start where root's does.
     """
     def fill(folder):
+        fields = [waves(np.random.default_rng([5, i]), TOY_SIDE) for i in range(64)]
         for split, seed, count in (("train", 3, TOY_TRAIN), ("val", 4, TOY_VAL)):
             os.makedirs(os.path.join(folder, split))
             rows = []
             for i in range(count):
                 shape, way = i % 4, i // 4 % 4
-                clip = toy_shape_clip(np.random.default_rng([seed, i]), shape, way)
+                clip = toy_shape_clip(np.random.default_rng([seed, i]), shape, way, fields)
                 write_video(os.path.join(folder, split, f"{i:04d}.mp4"), clip, g=8, bf=2)
                 rows.append((f"{root}/{split}/{i:04d}.mp4", TOY_SHAPES[shape], TOY_WAYS[way]))
             write_list(os.path.join(folder, f"{split}_shape.tsv"), [(path, shape) for path, shape, _ in rows])

@@ -98,9 +98,9 @@ def get_args(argv=None) -> argparse.Namespace:
     p.add_argument("--tensorboard", action=flag, default=False, help="also write event files")
     p.add_argument("--toy", action="store_true", help="presets for minutes on two CPU cores; other flags still win")
     if p.parse_known_args(argv)[0].toy:
-        p.set_defaults(size="tiny", img_size=32, patch_size=4, batch_size=64, decoder_depth=1, decoder_width=96,
-                       decoder_heads=3, proj_width=256, proj_dim=64, gap_frames=8, crop_area=[0.5, 1], lr=8e-3,
-                       con_weight=0.3, epochs=70, warmup_epochs=7, con_ramp=7, log_every=20)
+        p.set_defaults(size="tiny", img_size=32, patch_size=8, batch_size=64, decoder_depth=1, decoder_width=96,
+                       decoder_heads=3, proj_width=256, proj_dim=64, gap_frames=8, crop_area=[0.8, 1], mask_ratio=0.5,
+                       lr=1.2e-2, con_weight=1.0, epochs=150, warmup_epochs=15, con_ramp=15, log_every=50)
     args = p.parse_args(argv)
     lowest = dict(gap_frames=1, img_size=1, patch_size=1, batch_size=1, accum_steps=1, max_steps=1, log_every=1,
                   save_every=1, vis_every=0, num_workers=0, decoder_depth=1, decoder_width=2, decoder_heads=1,

@@ -1080,16 +1080,19 @@ def test_toy_is_deterministic_and_moves():
 @test
 def test_toy_shapes():
     """The same clip twice; at first all ways look alike, then the shape goes its way; shapes differ in one frame."""
-    draw = lambda shape, way: data.toy_shape_clip(np.random.default_rng(5), shape, way, 6, 48)
+    fields = [data.waves(np.random.default_rng(i), 48) for i in range(3)]
+    draw = lambda shape, way: data.toy_shape_clip(np.random.default_rng(5), shape, way, fields, 6)
     clips = [draw(0, way) for way in range(4)]
     assert (clips[0] == draw(0, 0)).all()
     assert all((clips[0][0] == c[0]).all() and (clips[0][1:] != c[1:]).any() for c in clips[1:])
     assert len({draw(shape, 0)[0].tobytes() for shape in range(4)}) == 4
-    with unittest.mock.patch.object(data, "waves", lambda rng, side: np.ones((side, side, 3))):  # light on dark
-        for way, (dy, dx) in enumerate(((0, 1), (1, 0), (0, -1), (-1, 0))):
-            masks = data.toy_shape_clip(np.random.default_rng(5), 3, way, 3, 48)[..., 0] > 200
-            steps = [d for d in range(1, 6) if (np.roll(masks[0], (d * dy, d * dx), (0, 1)) == masks[1]).all()]
-            assert len(steps) == 1 and masks.sum((1, 2)).std() == 0, (way, steps)
+    plain, areas = [np.zeros((48, 48, 3))], []
+    for shape, (way, (dy, dx)) in itertools.product(range(4), enumerate(((0, 1), (1, 0), (0, -1), (-1, 0)))):
+        masks = data.toy_shape_clip(np.random.default_rng(5), shape, way, plain, 3)[..., 0] != 128
+        steps = [d for d in range(1, 6) if (np.roll(masks[0], (d * dy, d * dx), (0, 1)) == masks[1]).all()]
+        assert len(steps) == 1 and masks.sum((1, 2)).std() == 0, (way, steps)
+        areas.append(masks[0].sum())
+    assert max(areas) < 1.2 * min(areas), areas  # of one size
 
 
 @functools.cache
