@@ -591,22 +591,23 @@ def waves(rng, side: int) -> np.ndarray:
 def toy_shape_clip(rng, shape: int, way: int, fields: list, num_frames: int = TOY_FRAMES) -> np.ndarray:
     """(T, side, side, 3) uint8: four equal shapes cross a ground together; one frame tells the shape, none the way.
 
-    Light and ground (one of the fields (side, side, 3), anywhere) are drawn anew in every frame, so that frames of a
-    video share shape, size and motion alone: there is no texture to know a video by. Shapes of one size have one area.
+    The textures of both (one of the fields (side, side, 3), anywhere) are drawn anew in every frame, so that frames of a
+    video share shape, size, light or dark, and motion: there is no texture to know it by. Shapes of one size have one
+    area.
     """
     side = len(fields[0])
     field = lambda: np.roll(fields[rng.integers(len(fields))], rng.integers(side, size=2), (0, 1))
     y, x = np.mgrid[:side // 2, :side // 2] - side / 4 + 0.5
-    r = rng.uniform(0.14, 0.18) * side
+    r = rng.uniform(0.16, 0.2) * side
     mask = (x ** 2 + y ** 2 < r ** 2, np.maximum(abs(x), abs(y)) < 0.88 * r,
             (y < 1.27 * r) & (y > 2.1 * abs(x) - 1.27 * r),
             (np.minimum(abs(x), abs(y)) < 0.39 * r) & (np.maximum(abs(x), abs(y)) < 1.2 * r))[shape]
     start, speed = rng.integers(side, size=2), rng.uniform(0.06, 0.1) * side  # pixels per frame
-    frames = []
+    light, frames = rng.choice((58, 198)), []
     for t in range(num_frames):
         move = (start + np.round(t * speed * np.array(((0, 1), (1, 0), (0, -1), (-1, 0))[way]))).astype(int)
         there = np.roll(np.tile(mask, (2, 2)), move, (0, 1))[..., None]
-        frames.append(np.where(there, rng.choice((58, 198)) + 20 * field(), 128 + 40 * field()))
+        frames.append(np.where(there, light + 20 * field(), 128 + 40 * field()))
     return np.stack(frames).clip(0, 255).astype(np.uint8)
 
 

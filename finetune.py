@@ -75,7 +75,7 @@ def get_args(argv=None) -> argparse.Namespace:
     p.add_argument("--size", choices=list(SIZES), help="(default: --init's, else base)")
     p.add_argument("--patch_size", type=int, help="pixels (default: --init's, else 16)")
     p.add_argument("--tubelet_size", type=int, 
-                   help="frames per cube (default: --init's; 2 for image weights and from scratch)")
+                   help="frames per cube (default: --init's, else 2)")
     p.add_argument("--drop_path", default=0.1, type=float, help="stochastic depth of the last block")
     p.add_argument("--head_dropout", default=0.0, type=float)
     p.add_argument("--checkpointing", action=flag, default=False, help="recompute activations: less memory, slower")

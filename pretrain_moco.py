@@ -84,9 +84,9 @@ def get_args(argv=None) -> argparse.Namespace:
     p.add_argument("--tensorboard", action=flag, default=False, help="also write event files")
     p.add_argument("--toy", action="store_true", help="presets for minutes on two CPU cores; other flags still win")
     if p.parse_known_args(argv)[0].toy:
-        p.set_defaults(size="tiny", num_frames=8, sampling_rate=1, img_size=32, patch_size=8, batch_size=64,
-                       proj_width=256, proj_dim=64, crop_area=[0.5, 1], color=False, lr=1.2e-2, epochs=20,
-                       warmup_epochs=2, log_every=20)
+        p.set_defaults(size="tiny", num_frames=4, sampling_rate=1, img_size=32, patch_size=8, batch_size=64,
+                       proj_width=256, proj_dim=64, crop_area=[0.8, 1], color=False, lr=1.2e-2, epochs=60,
+                       warmup_epochs=6, log_every=20)
     args = p.parse_args(argv)
     lowest = dict(num_frames=1, sampling_rate=1, img_size=1, patch_size=1, tubelet_size=1, batch_size=1, accum_steps=1,
                   max_steps=1, log_every=1, save_every=1, num_workers=0, proj_width=1, proj_dim=1, lr=0, min_lr=0,
