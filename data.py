@@ -13,6 +13,7 @@ A clip is (T, H, W, C) uint8. A frame index counts presented frames from 0. What
 import argparse
 import atexit
 import contextlib
+import csv
 import json
 import multiprocessing
 import os
@@ -635,7 +636,6 @@ def make_toy_shapes(root: str = "toy_shapes", log=print):
 
 def index_kinetics(annotation: str, videos: str, part: str, split: int):
     """Kinetics csv (label,youtube_id,time_start,time_end,split): <id>_<start>_<end>.mp4, in class folders or flat."""
-    import csv
     with open(annotation, newline="", encoding="utf-8-sig") as f:
         for i, row in enumerate(csv.DictReader(f), 2):
             try:
@@ -684,7 +684,18 @@ def index_hmdb51(annotation: str, videos: str, part: str, split: int):
                 yield [path, path.removesuffix(".avi")], label
 
 
-LAYOUTS = {"kinetics": index_kinetics, "ssv2": index_ssv2, "ucf101": index_ucf101, "hmdb51": index_hmdb51}
+def index_moments(annotation: str, videos: str, part: str, split: int):
+    """Moments in Time's trainingSet.csv or validationSet.csv: rows class/name.mp4,class,votes for,votes against."""
+    with open(annotation, newline="", encoding="utf-8-sig") as f:
+        for i, row in enumerate(csv.reader(f), 1):
+            if not row:
+                continue
+            if "/" not in row[0]:
+                raise ValueError(f"{annotation} row {i}: expected class/name.mp4 in the first column, not {row[0]!r}")
+            yield [os.path.join(videos, row[0])], row[0].split("/")[0]
+
+
+LAYOUTS = {"moments": index_moments, "kinetics": index_kinetics, "ssv2": index_ssv2, "ucf101": index_ucf101, "hmdb51": index_hmdb51}
 
 
 def index_main(args):

@@ -443,6 +443,6 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, OSError) as e:
-        sys.exit(f"pretrain.py: {e}")
+        sys.exit(f"pretrain_moco.py: {e}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -987,10 +987,10 @@ def test_folders_and_lists():
 
 @test
 def test_index_layouts():
-    """Kinetics, SSv2, UCF101 and HMDB51 annotations become lists with the right paths and labels."""
+    """Kinetics, Moments in Time, SSv2, UCF101 and HMDB51 annotations become lists with the right paths and labels."""
     videos = os.path.join(TMP, "videos")
     for name in ("jumping rope/abc_000001_000011.mp4", "12.webm", "Fencing/v_Fencing_g01_c01.avi", "wave/x y.avi",
-                 "wave/z.avi"):
+                 "wave/z.avi", "adult+male+singing/yt_1,2.mp4"):
         os.makedirs(os.path.dirname(os.path.join(videos, name)), exist_ok=True)
         open(os.path.join(videos, name), "w").close()
     os.makedirs(os.path.join(TMP, "notes"), exist_ok=True)
@@ -998,11 +998,13 @@ def test_index_layouts():
     note("k.csv", "label,youtube_id,time_start,time_end,split\n"
                   "jumping rope,abc,1,11,train\njumping rope,gone,2,12,train\n")
     note("s.json", json.dumps([dict(id="12", label="x", template="Pushing [something] left", placeholders=["a"])]))
+    note("m.csv", '"adult+male+singing/yt_1,2.mp4",adult+male+singing,3,0\nstacking/gone.mp4,stacking,3,1\n')
     note("u.txt", "Fencing/v_Fencing_g01_c01.avi 1\n")
     note("wave_test_split1.txt", "x y.avi 1 \nz.avi 2 \n")
     for layout, annotation, args, expect in (
             ("kinetics", "k.csv", [], ["jumping rope/abc_000001_000011.mp4\tjumping rope"]),
             ("ssv2", "s.json", [], ["12.webm\tPushing something left"]),
+            ("moments", "m.csv", [], ["adult+male+singing/yt_1,2.mp4\tadult+male+singing"]),
             ("ucf101", "u.txt", [], ["Fencing/v_Fencing_g01_c01.avi\tFencing"]),
             ("hmdb51", "", ["--part", "test"], ["wave/z.avi\twave"]), ("hmdb51", "", [], ["wave/x y.avi\twave"])):
         out = os.path.join(TMP, "list.tsv")
@@ -2219,6 +2221,10 @@ def test_image_models_become_video_models():
     with torch.no_grad():
         video.temporal_pos.normal_()
     assert not torch.allclose(pooled[0], Encoder.forward(video, clip).mean(1), atol=0.01)
+    mae = VideoMAE("tiny", 4, 32, dec_depth=1, **weights.image_parts(path, num_frames=4, tubelet_size=2))  # --init's
+    weights.load_pretrained(mae, path, verbose=False)
+    assert mae.encoder.pos[:4].equal(mae.encoder.pos[4:]) and mae.encoder.temporal_pos.shape == (2, 128)
+    assert not mae.dec_pos[:4].equal(mae.dec_pos[4:])  # the decoder is new: it knows time
     groups = {id(p): g for g in param_groups(video, 0.05, 0.5) for p in g["params"]}
     group = groups[id(video.temporal_pos)]
     assert group["weight_decay"] == 0 and group["lr_scale"] == 0.5 ** 5
