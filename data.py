@@ -592,9 +592,8 @@ def waves(rng, side: int) -> np.ndarray:
 def toy_shape_clip(rng, shape: int, way: int, fields: list, num_frames: int = TOY_FRAMES) -> np.ndarray:
     """(T, side, side, 3) uint8: four equal shapes cross a ground together; one frame tells the shape, none the way.
 
-    The textures of both (one of the fields (side, side, 3), anywhere) are drawn anew in every frame, so that frames of a
-    video share shape, size, light or dark, and motion: there is no texture to know it by. Shapes of one size have one
-    area.
+    The textures of both (one of the fields (side, side, 3), shifted) are drawn anew in every frame: frames of a video
+    share shape, size, light or dark, and motion; there is no texture to know it by. Shapes of one size have one area.
     """
     side = len(fields[0])
     field = lambda: np.roll(fields[rng.integers(len(fields))], rng.integers(side, size=2), (0, 1))
@@ -695,7 +694,8 @@ def index_moments(annotation: str, videos: str, part: str, split: int):
             yield [os.path.join(videos, row[0])], row[0].split("/")[0]
 
 
-LAYOUTS = {"moments": index_moments, "kinetics": index_kinetics, "ssv2": index_ssv2, "ucf101": index_ucf101, "hmdb51": index_hmdb51}
+LAYOUTS = {"kinetics": index_kinetics, "moments": index_moments, "ssv2": index_ssv2, "ucf101": index_ucf101,
+           "hmdb51": index_hmdb51}
 
 
 def index_main(args):

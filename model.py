@@ -482,7 +482,8 @@ def forward_macs(model: nn.Module, num_visible=None, num_decoded=None) -> int:
     s, N, P = SIZES[model.config["size"]], math.prod(model.grid), 3 * math.prod(model.cube)
     D, d = s["width"], model.config.get("dec_width")
     if isinstance(model, VideoClassifier):
-        return block_macs(N + bool(model.config.get("class_token")), D, s["depth"]) + N * D * P + D * model.head.out_features + 5 * D
+        tokens = N + bool(model.config.get("class_token"))
+        return block_macs(tokens, D, s["depth"]) + N * D * P + D * model.head.out_features + 5 * D
     n, M = num_visible, num_decoded
     encoder = n * D * P + block_macs(n, D, s["depth"]) + 5 * n * D + n * D * d
     head = 5 * M * d + M * d * model.decoder.head.out_features

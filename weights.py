@@ -132,8 +132,8 @@ def read_weights(path: str) -> tuple[dict, list, dict]:
 def encoder_shape(init: str | None, **flags) -> dict:
     """The keyword arguments of an Encoder as an --init file has them where the flags (None: not given) do not say.
 
-    flags: size, num_frames, img_size (H, W), patch_size, tubelet_size. Weights of images get a temporal table in a model of
-    several temporal slots, as they know no time. ValueError names the file.
+    flags: size, num_frames, img_size (H, W), patch_size, tubelet_size. Weights of images get a temporal table in a model
+    of several temporal slots, as they know no time. ValueError names the file.
     """
     shape = dict(size="base", num_frames=16, img_size=[224, 224], patch_size=16, tubelet_size=2)
     if init:
@@ -184,8 +184,8 @@ def load_pretrained(model: nn.Module, path: str, verbose: bool = True) -> dict:
     """Loads a file (or Hugging Face folder) of any known layout into a VideoMAE or VideoClassifier of any T, H, W.
 
     Position tables are resized from the file's token grid, image patch embeddings repeated over the tubelet and divided
-    by its length; nothing else is changed. A class token and position table are taken where the model has them. Returns {"loaded": [names], "skipped": {name: why}, "new": {name: why}} and
-    prints it. ValueError names the parameter and both shapes where they differ, except for heads, which are skipped and
+    by its length; nothing else is changed. A class token and position table are taken where the model has them. Returns
+    {"loaded": [names], "skipped": {name: why}, "new": {name: why}} and prints it. ValueError names the parameter and both shapes where they differ, except for heads, which are skipped and
     start new.
     """
     source, grid, about = read_weights(path)
@@ -240,9 +240,11 @@ def to_hf(model: nn.Module) -> tuple[dict, dict]:
     transformers fixes eps 1e-5 in decoder.norm and fc_norm where this model has 1e-6: outputs agree to about 1e-4.
     """
     c, s, pretrain = model.config, SIZES[model.config["size"]], isinstance(model, VideoMAE)
-    if pretrain and model.target != "clip" or c["pos_grid"] != list(model.grid):
+    parts = [k for k in IMAGE_PARTS if c.get(k)] + ["joint_norm"] * bool(c.get("joint_norm"))
+    if pretrain and model.target != "clip" or c["pos_grid"] != list(model.grid) or parts:
         raise ValueError("transformers' VideoMAE knows target=clip and positions of its own grid only (here "
-                         f"target={c.get('target', 'clip')}, positions of {c['pos_grid']} resized to {model.grid})")
+                         f"target={c.get('target', 'clip')}, positions of {c['pos_grid']} resized to {model.grid}"
+                         + "".join(f", {k}" for k in parts) + ")")
     state, weights = {}, model.state_dict()
     if c.get("head_norm"):  # the linear probe's BatchNorm is part of the linear map
         mean, scale = weights.pop("head_norm.running_mean"), (weights.pop("head_norm.running_var") + 1e-6).rsqrt()
@@ -271,8 +273,8 @@ def to_hf(model: nn.Module) -> tuple[dict, dict]:
                   num_attention_heads=s["heads"], intermediate_size=4 * s["width"], layer_norm_eps=1e-6,
                   use_mean_pooling=not (pretrain and c["encoder_norm"]))
     if pretrain:
-        config |= dict(decoder_hidden_size=s["dec_width"], decoder_num_hidden_layers=c["dec_depth"],
-                       decoder_num_attention_heads=s["dec_heads"], decoder_intermediate_size=4 * s["dec_width"],
+        config |= dict(decoder_hidden_size=c["dec_width"], decoder_num_hidden_layers=c["dec_depth"],
+                       decoder_num_attention_heads=c["dec_heads"], decoder_intermediate_size=4 * c["dec_width"],
                        norm_pix_loss=c["norm_pix_loss"])
     else:
         config["id2label"] = {str(i): f"LABEL_{i}" for i in range(c["num_classes"])}
