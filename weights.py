@@ -185,8 +185,8 @@ def load_pretrained(model: nn.Module, path: str, verbose: bool = True) -> dict:
 
     Position tables are resized from the file's token grid, image patch embeddings repeated over the tubelet and divided
     by its length; nothing else is changed. A class token and position table are taken where the model has them. Returns
-    {"loaded": [names], "skipped": {name: why}, "new": {name: why}} and prints it. ValueError names the parameter and both shapes where they differ, except for heads, which are skipped and
-    start new.
+    {"loaded": [names], "skipped": {name: why}, "new": {name: why}} and prints it. ValueError names the parameter and both
+    shapes where they differ, except for heads, which are skipped and start new.
     """
     source, grid, about = read_weights(path)
     want = model.state_dict()
