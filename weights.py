@@ -53,8 +53,9 @@ def image_positions(state: dict, path: str) -> int:
     token, side = state.pop("cls_token", None), math.isqrt(len(table))
     unknown = [k for k in ("dist_token", "reg_token", "norm_pre.weight") if k in state]
     if unknown or side ** 2 != len(table) and (token is None or math.isqrt(len(table) - 1) ** 2 != len(table) - 1):
-        raise ValueError(f"{path}: an image ViT with {unknown[0] if unknown else f'{len(table)} positions'}; expected a "
-                         "square of patches and at most one class token before it")
+        found = unknown[0] if unknown else f"{len(table)} positions"
+        raise ValueError(f"{path}: an image ViT with {found}; expected a square of patches and at most one class token "
+                         "before it")
     if side ** 2 != len(table):
         token, table, side = token + table[0], table[1:], math.isqrt(len(table) - 1)
     state |= dict(spatial_pos=table) | ({} if token is None else dict(class_token=token))
@@ -132,8 +133,8 @@ def read_weights(path: str) -> tuple[dict, list, dict]:
 def encoder_shape(init: str | None, **flags) -> dict:
     """The keyword arguments of an Encoder as an --init file has them where the flags (None: not given) do not say.
 
-    flags: size, num_frames, img_size (H, W), patch_size, tubelet_size. Weights of images get a temporal table in a model
-    of several temporal slots, as they know no time. ValueError names the file.
+    flags: size, num_frames, img_size (H, W), patch_size, tubelet_size. Weights of images, which know no time, get a
+    temporal table in a model of several temporal slots. ValueError names the file.
     """
     shape = dict(size="base", num_frames=16, img_size=[224, 224], patch_size=16, tubelet_size=2)
     if init:
@@ -185,8 +186,8 @@ def load_pretrained(model: nn.Module, path: str, verbose: bool = True) -> dict:
 
     Position tables are resized from the file's token grid, image patch embeddings repeated over the tubelet and divided
     by its length; nothing else is changed. A class token and position table are taken where the model has them. Returns
-    {"loaded": [names], "skipped": {name: why}, "new": {name: why}} and prints it. ValueError names the parameter and both
-    shapes where they differ, except for heads, which are skipped and start new.
+    {"loaded": [names], "skipped": {name: why}, "new": {name: why}} and prints it. ValueError names the parameter and
+    both shapes where they differ, except for heads, which are skipped and start new.
     """
     source, grid, about = read_weights(path)
     want = model.state_dict()
