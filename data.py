@@ -393,9 +393,9 @@ class Batches:
 class ViewPairs(torch.utils.data.Dataset):
     """(epoch, index, is_image) -> (views (1, 2, T, H, W, C) uint8, bad): two views of a video or of an image.
 
-    Of a video with num_frames 1 (ViC-MAE) they are frames of the two halves of a clip of 2 * gap frames; with more
-    (MoCo v3) two clips of `stride`, each with its own start. Of an image two crops. One augmentation draw per view.
-    What cannot be read is replaced as in PretrainClips.
+    Of a video with num_frames 1 (ViC-MAE) they are frames of the two halves of a clip of 2 * gap frames (gap 0: one
+    frame twice); with more (MoCo v3) two clips of `stride`, each with its own start. Of an image two crops. One
+    augmentation draw per view. What cannot be read is replaced as in PretrainClips.
     """
 
     def __init__(self, videos, images, num_frames=1, size=(224, 224), stride=4, gap=32, area=(0.5, 1), color=False,
@@ -413,7 +413,7 @@ class ViewPairs(torch.utils.data.Dataset):
             if T > 1:
                 indices = np.concatenate([sample_dense(rng, n, T, self.stride) for _ in range(2)])
             else:
-                span = 1 if is_image else min(2 * self.gap, n)
+                span = 1 if is_image else min(max(2 * self.gap, 1), n)
                 start = rng.integers(n - span + 1)
                 half = span // 2
                 indices = start + np.array([rng.integers(max(half, 1)), half + rng.integers(span - half)])

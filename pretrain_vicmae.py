@@ -51,7 +51,7 @@ def get_args(argv=None) -> argparse.Namespace:
     p.add_argument("--image_fraction", default=0.5, type=float, help="share of pictures in a batch, if there are any")
     p.add_argument("--val_data", nargs="+", help="videos or pictures to draw (default: toy's own, else training's)")
     p.add_argument("--data_root", default="", help="goes before relative paths of a list")
-    p.add_argument("--gap_frames", default=32, type=int, help="mean distance of two frames (1.06 s at 30 fps)")
+    p.add_argument("--gap_frames", default=32, type=int, help="mean distance of two frames (0: the same one)")
     p.add_argument("--img_size", default=224, type=int, help="pixels, height and width of a view")
     p.add_argument("--crop_area", nargs=2, default=[0.5, 1], type=float, help="share of a frame that a view shows")
     p.add_argument("--image_crop_area", nargs=2, default=[0.2, 1], type=float, help="share of a picture")
@@ -102,7 +102,7 @@ def get_args(argv=None) -> argparse.Namespace:
                        decoder_heads=3, proj_width=256, proj_dim=64, gap_frames=8, crop_area=[0.8, 1], mask_ratio=0.5,
                        lr=1.2e-2, con_weight=1.0, epochs=150, warmup_epochs=15, con_ramp=15, log_every=50)
     args = p.parse_args(argv)
-    lowest = dict(gap_frames=1, img_size=1, patch_size=1, batch_size=1, accum_steps=1, max_steps=1, log_every=1,
+    lowest = dict(gap_frames=0, img_size=1, patch_size=1, batch_size=1, accum_steps=1, max_steps=1, log_every=1,
                   save_every=1, vis_every=0, num_workers=0, decoder_depth=1, decoder_width=2, decoder_heads=1,
                   proj_width=1, proj_dim=1, lr=0, min_lr=0, weight_decay=0, clip_grad=0, seed=0, warmup_epochs=0,
                   rec_weight=0, con_weight=0, con_ramp=0)

@@ -2160,8 +2160,10 @@ def test_view_pairs():
                               for seed in range(300)))
         gaps = np.array(second).astype(int) - np.array(first)
         assert gaps.min() >= 1 and gaps.max() <= 15 and abs(gaps.mean() - 8) < 0.6
-        a, b = numbers(pairs.load(square, True, np.random.default_rng(1))[:, 0].numpy())
-        assert a == b
+        same = data.ViewPairs([square], [], gap=0, size=(96, 96))
+        for pair, is_image in ((pairs, True), (same, False)):
+            a, b = numbers(pair.load(square, is_image, np.random.default_rng(1))[:, 0].numpy())
+            assert a == b
         clips = data.ViewPairs([square], [], num_frames=4, stride=3, size=(96, 96))
         views = clips.load(square, False, np.random.default_rng(0))
         starts = [numbers(v.numpy()) for v in views]
