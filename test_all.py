@@ -2304,6 +2304,34 @@ def test_contrastive_ranks_equal_one_process():
         assert "contrasted 8 -> 4" in text  # other negatives: not the same run
 
 
+@test
+def test_picture_folders_end_to_end():
+    """Class folders of pictures: ViC-MAE's pre-training, fine-tuning of a released ViT, linear probe, test, k-NN."""
+    rng, folder, shape = np.random.default_rng(0), os.path.join(TMP, "pictures"), ["--img_size", 32, "--num_workers", 0]
+    for label, color in (("red", (200, 40, 40)), ("green", (40, 200, 40)), ("blue", (40, 40, 200))):
+        os.makedirs(os.path.join(folder, label))
+        for i in range(6):
+            noise = rng.integers(-40, 40, (40, 48, 3)) + np.array(color)
+            data.write_png(os.path.join(folder, label, f"{i}.png"), noise.clip(0, 255).astype(np.uint8))
+    out = {name: os.path.join(TMP, f"pictures_{name}") for name in ("pre", "probe", "tuned", "test", "knn")}
+    text = run("pretrain_vicmae.py", "--data", "--images", folder, *shape, "--size", "tiny", "--patch_size", 8,
+               "--batch_size", 6, "--max_steps", 3, "--proj_width", 16, "--decoder_depth", 1, "--out_dir", out["pre"])
+    assert "0 videos, 18 pictures" in text
+    pre, released = os.path.join(out["pre"], "last.pt"), saved("released.pth", dict(model=released_vit(0)))
+    small_run = ["--data", folder, "--val_data", folder, *shape, "--batch_size", 6, "--eval_every", 99]
+    run("finetune.py", "--linear_probe", "--init", pre, *small_run, "--max_steps", 2, "--out_dir", out["probe"])
+    text = run("finetune.py", "--init", released, *small_run, "--epochs", 12, "--warmup_epochs", 2, "--lr", 0.1,
+               "--mixup", 0, "--cutmix", 0, "--rand_aug", 0, 0, 0, "--out_dir", out["tuned"])
+    assert "one frame" in text and "cls_token" not in text
+    tuned = os.path.join(out["tuned"], "last.pt")
+    text = run("eval.py", "--ckpt", tuned, "--data", folder, "--num_segments", 1, "--num_crops", 1, "--num_workers", 0,
+               "--out_dir", out["test"])
+    assert "top-1 100.00" in text, text  # the colour is the label
+    text = run("eval.py", "--ckpt", pre, "--knn", folder, "--data", folder, "--k", 1, "--num_workers", 0, "--out_dir",
+               out["knn"])
+    assert "k = 1: top-1 100.00" in text, text
+
+
 # ---------------------------------------------------------------- bench.py
 
 @test
