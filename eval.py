@@ -235,6 +235,17 @@ def neighbours(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, k:
     return np.concatenate(votes)
 
 
+def ridge(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, num_classes: int, strength=0.01) -> np.ndarray:
+    """Scores (V, num_classes) of the linear map by ridge regression of the one-hot labels: a linear probe in one step.
+
+    Features are standardised by the training set's mean and deviation; the penalty is strength * videos * |W|^2.
+    """
+    mean, scale = train.mean(0), train.std(0) + 1e-6
+    x, target = (train - mean) / scale, np.eye(num_classes)[train_labels]
+    w = np.linalg.solve(x.T @ x + strength * len(x) * np.eye(x.shape[1]), x.T @ (target - target.mean(0)))
+    return (test - mean) / scale @ w + target.mean(0)
+
+
 # ---- the command line ----
 
 def get_args(argv=None) -> argparse.Namespace:
@@ -245,7 +256,7 @@ def get_args(argv=None) -> argparse.Namespace:
     todo = p.add_mutually_exclusive_group()
     todo.add_argument("--predict", nargs="+", metavar="FILE", help="classify videos: files, folders or lists")
     todo.add_argument("--features", nargs="+", metavar="FILE", help="write a .npz of features per video")
-    todo.add_argument("--knn", nargs="+", metavar="TRAIN", help="k-NN accuracy on --data of frozen features")
+    todo.add_argument("--knn", nargs="+", metavar="TRAIN", help="k-NN and linear accuracy on --data of frozen features")
     todo.add_argument("--reconstruct", nargs="+", metavar="FILE", help="draw what a pre-trained model reconstructs")
     todo.add_argument("--attention", nargs="+", metavar="FILE", help="draw what a classifier attends to")
     todo.add_argument("--export_hf", metavar="DIR", help="write the model for Hugging Face transformers")
@@ -368,7 +379,7 @@ def report_accuracy(args, model, classes, paths, labels, make_set, run, say):
 
 
 def report_knn(args, model, classes, train, test, make_set, run, say):
-    """Accuracy of k nearest neighbours among the training videos' frozen features."""
+    """Accuracy of k nearest neighbours among the training videos' frozen features, and of a linear map of them."""
     sets = []
     for paths, labels in (train, test):
         found, failed = run(lambda x: features(model, x, args.layer), make_set(paths, args.num_segments or 1),
@@ -386,6 +397,9 @@ def report_knn(args, model, classes, train, test, make_set, run, say):
         result = scores(neighbours(x, y, test_x, min(k, len(y)), len(classes)), test_y)
         say(f"k-NN, k = {min(k, len(y))}: top-1 {result['top1']:.2f}, "
             f"mean per-class accuracy {result['per_class']:.2f}")
+    result = scores(ridge(x.astype(np.float64), y, test_x, len(classes)), test_y)
+    say(f"linear map by ridge regression: top-1 {result['top1']:.2f}, "
+        f"mean per-class accuracy {result['per_class']:.2f}")
 
 
 def predict(args, model, classes, paths, videos, device, say):

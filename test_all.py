@@ -1957,7 +1957,7 @@ def test_features():
 
 @test
 def test_neighbours():
-    """k-NN votes equal a loop over cosine similarities of centred features."""
+    """k-NN votes equal a loop over cosine similarities of centred features; the linear map is the least squares one."""
     rng = np.random.default_rng(0)
     train, labels, test_x = rng.normal(size=(20, 6)) + 3, rng.integers(0, 4, 20), rng.normal(size=(7, 6)) + 3
     votes = evaluate.neighbours(train, labels, test_x, 5, 4)
@@ -1967,10 +1967,16 @@ def test_neighbours():
         for i in sorted(range(20), key=lambda i: -cosine[i])[:5]:
             expect[labels[i]] += math.exp((cosine[i] - 1) / 0.07)
         assert np.allclose(vote, expect)
+    x, test_z = ((a - train.mean(0)) / (train.std(0) + 1e-6) for a in (train, test_x))
+    y = np.eye(4)[labels] - np.eye(4)[labels].mean(0)
+    w = np.linalg.lstsq(np.vstack([x, np.sqrt(0.2) * np.eye(6)]), np.vstack([y, np.zeros((6, 4))]), rcond=None)[0]
+    found = evaluate.ridge(train, labels, test_x, 4)  # the penalty 0.01 * 20 as six more rows of a least squares
+    assert np.allclose(found, test_z @ w + np.eye(4)[labels].mean(0)) and np.abs(w).max() > 0.05
     _, ckpt, listed = classified()
     text = call(evaluate, "--ckpt", ckpt, "--knn", listed, "--data", listed, "--k", 1, 3, "--out_dir",
                 os.path.join(TMP, "knn"), "--num_workers", 0)
-    assert "k = 1: top-1 100.00" in text and "1 of 7 videos could not be read" in text
+    assert "k = 1: top-1 100.00" in text and "ridge regression: top-1" in text
+    assert "1 of 7 videos could not be read" in text
 
 
 @test
