@@ -7,7 +7,8 @@
 A sample is two frames of a video or two views of an image. Each is masked by itself and goes through a plain image
 ViT; a light decoder reconstructs its hidden patches, and the mean of its visible tokens is drawn, by InfoNCE, to that
 of the other view of its sample and away from all others of the batch. The log gives both losses beside what knows
-nothing: zeros for the one, ln(views - 1) for the other. finetune.py and eval.py take the checkpoint, for images and inflated for video.
+nothing: zeros for the one, ln(views - 1) for the other. finetune.py and eval.py take the checkpoint, for images and
+inflated for video.
 """
 
 import argparse
