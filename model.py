@@ -244,9 +244,11 @@ class Encoder(nn.Module):
         if size not in SIZES:
             raise ValueError(f"size={size!r}: expected one of {', '.join(SIZES)}")
         H, W = (img_size, img_size) if isinstance(img_size, int) else img_size
-        if num_frames < 1 or num_frames % tubelet_size or H % patch_size or W % patch_size:
-            raise ValueError(f"num_frames={num_frames} must be a multiple of tubelet_size={tubelet_size}, "
-                             f"img_size={H}x{W} of patch_size={patch_size}")
+        if num_frames < 1 or num_frames % tubelet_size:
+            raise ValueError(f"num_frames={num_frames} must be a multiple of tubelet_size={tubelet_size}"
+                             + ("; images take tubelet_size=1" if num_frames == 1 else ""))
+        if H % patch_size or W % patch_size:
+            raise ValueError(f"img_size={H}x{W} must be a multiple of patch_size={patch_size}")
         self.config = dict(size=size, num_frames=num_frames, img_size=[H, W], patch_size=patch_size,
                            tubelet_size=tubelet_size, mean=list(mean), std=list(std))  # what rebuilds the model
         there = zip(IMAGE_PARTS, (temporal_pos, spatial_pos, class_token))

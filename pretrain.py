@@ -496,7 +496,8 @@ def main():
             if all_reads >= 20 and all_bad / all_reads > args.max_bad:
                 save(step)
                 raise ValueError(f"{int(all_bad)} of {int(all_reads)} reads failed, more than --max_bad "
-                                 f"{args.max_bad}: see {bad_file}; `python data.py check` lists all")
+                                 f"{args.max_bad}: see {bad_file}; `python data.py check` lists all. {last} is saved "
+                                 f"at step {step}")
             loss_sum.zero_()
             finite.zero_()
             clock, logged = time.time(), step

@@ -43,7 +43,7 @@ def get_args(argv=None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = argparse.BooleanOptionalAction
     # data
-    p.add_argument("--data", nargs="+", default=["toy"], help="list files, folders, or the word toy")
+    p.add_argument("--data", nargs="+", help="list files, folders, or the word toy")
     p.add_argument("--data_root", default="", help="goes before relative paths of a list")
     p.add_argument("--num_frames", default=16, type=int, help="frames per clip")
     p.add_argument("--sampling_rate", default=4, type=int, help="frames from one sampled frame to the next (SSv2: 2)")
@@ -84,10 +84,12 @@ def get_args(argv=None) -> argparse.Namespace:
     p.add_argument("--tensorboard", action=flag, default=False, help="also write event files")
     p.add_argument("--toy", action="store_true", help="presets for minutes on two CPU cores; other flags still win")
     if p.parse_known_args(argv)[0].toy:
-        p.set_defaults(size="tiny", num_frames=4, sampling_rate=1, img_size=32, patch_size=8, batch_size=64,
-                       proj_width=256, proj_dim=64, crop_area=[0.8, 1], color=False, lr=1.2e-2, epochs=60,
-                       warmup_epochs=6, log_every=20)
+        p.set_defaults(data=["toy"], size="tiny", num_frames=4, sampling_rate=1, img_size=32, patch_size=8,
+                       batch_size=64, proj_width=256, proj_dim=64, crop_area=[0.8, 1], color=False, lr=1.2e-2,
+                       epochs=60, warmup_epochs=6, log_every=20)
     args = p.parse_args(argv)
+    if not args.data:
+        p.error("--data: expected list files or folders of videos, or --toy")
     lowest = dict(num_frames=1, sampling_rate=1, img_size=1, patch_size=1, tubelet_size=1, batch_size=1, accum_steps=1,
                   max_steps=1, log_every=1, save_every=1, num_workers=0, proj_width=1, proj_dim=1, lr=0, min_lr=0,
                   weight_decay=0, clip_grad=0, seed=0, warmup_epochs=0)
@@ -203,6 +205,8 @@ def main():
                                stride=args.sampling_rate, area=args.crop_area, color=args.color, seed=args.seed)
     global_batch = args.batch_size * args.accum_steps * world
     total_steps = args.max_steps or max(1, int(args.epochs * len(paths) / global_batch))
+    if args.batch_size * world < 2:
+        raise ValueError("--batch_size 1 on one rank: nothing to contrast with, expected at least 2")
     warmup_steps = int(total_steps * args.warmup_epochs / args.epochs)
 
     # ---- model
@@ -224,6 +228,7 @@ def main():
     if os.path.exists(last) and args.resume is not False:
         try:
             saved = torch.load(last, map_location="cpu", weights_only=True)
+            saved["args"]["momentum"]  # other scripts have none
             changed = [f"{k} {saved['args'].get(k)} -> {v}" for k, v in run.items() if saved["args"].get(k) != v]
             finished = saved["step"] >= saved["args"]["total_steps"]
             differ = [k for k, v in model.config.items() if saved["config"].get(k, v) != v]
@@ -420,7 +425,8 @@ def main():
             if all_reads >= 20 and all_bad / all_reads > args.max_bad:
                 save(step)
                 raise ValueError(f"{int(all_bad)} of {int(all_reads)} reads failed, more than --max_bad "
-                                 f"{args.max_bad}: see {bad_file}; `python data.py check` lists all")
+                                 f"{args.max_bad}: see {bad_file}; `python data.py check` lists all. {last} is saved "
+                                 f"at step {step}")
             sums.zero_()
             clock, logged = time.time(), step
         if step % args.save_every == 0 or step == total_steps or stopping:

@@ -46,9 +46,9 @@ def get_args(argv=None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = argparse.BooleanOptionalAction
     # data
-    p.add_argument("--data", nargs="*", default=["toy"], help="videos: list files, folders, the word toy; or none")
+    p.add_argument("--data", nargs="*", default=[], help="videos: list files, folders, or the word toy")
     p.add_argument("--images", nargs="+", default=[], help="pictures: list files or folders, as ImageNet has them")
-    p.add_argument("--image_fraction", default=0.5, type=float, help="share of pictures in a batch, if there are any")
+    p.add_argument("--image_fraction", type=float, help="share of pictures in a batch of both (default: 0.5)")
     p.add_argument("--val_data", nargs="+", help="videos or pictures to draw (default: toy's own, else training's)")
     p.add_argument("--data_root", default="", help="goes before relative paths of a list")
     p.add_argument("--gap_frames", default=32, type=int, help="mean distance of two frames (0: the same one)")
@@ -98,9 +98,10 @@ def get_args(argv=None) -> argparse.Namespace:
     p.add_argument("--tensorboard", action=flag, default=False, help="also write event files")
     p.add_argument("--toy", action="store_true", help="presets for minutes on two CPU cores; other flags still win")
     if p.parse_known_args(argv)[0].toy:
-        p.set_defaults(size="tiny", img_size=32, patch_size=8, batch_size=64, decoder_depth=1, decoder_width=96,
-                       decoder_heads=3, proj_width=256, proj_dim=64, gap_frames=8, crop_area=[0.8, 1], mask_ratio=0.5,
-                       lr=1.2e-2, con_weight=1.0, epochs=150, warmup_epochs=15, con_ramp=15, log_every=50)
+        p.set_defaults(data=["toy"], size="tiny", img_size=32, patch_size=8, batch_size=64, decoder_depth=1,
+                       decoder_width=96, decoder_heads=3, proj_width=256, proj_dim=64, gap_frames=8, mask_ratio=0.5,
+                       crop_area=[0.8, 1], lr=1.2e-2, con_weight=1.0, epochs=150, warmup_epochs=15, con_ramp=15,
+                       log_every=50)
     args = p.parse_args(argv)
     lowest = dict(gap_frames=0, img_size=1, patch_size=1, batch_size=1, accum_steps=1, max_steps=1, log_every=1,
                   save_every=1, vis_every=0, num_workers=0, decoder_depth=1, decoder_width=2, decoder_heads=1,
@@ -123,10 +124,15 @@ def get_args(argv=None) -> argparse.Namespace:
     if args.decoder_width % args.decoder_heads or args.temperature <= 0:
         p.error(f"--decoder_width {args.decoder_width}, --decoder_heads {args.decoder_heads}, --temperature "
                 f"{args.temperature}: expected a multiple of the heads, and a temperature above 0")
-    if args.images and not (0 < args.image_fraction < 1 if args.data else args.image_fraction > 0):
-        p.error(f"--image_fraction {args.image_fraction}: expected a share between 0 and 1 of a batch")
     if not args.data and not args.images:
-        p.error("neither --data nor --images: expected videos, pictures or both")
+        p.error("neither --data nor --images: expected videos, pictures or both, or --toy")
+    if args.image_fraction is not None and not (args.data and args.images):
+        p.error("--image_fraction goes with both --data and --images")
+    args.image_fraction = 0.5 if args.image_fraction is None else args.image_fraction
+    if not 0 < args.image_fraction < 1:
+        p.error(f"--image_fraction {args.image_fraction}: expected a share above 0 and below 1")
+    if not args.rec_weight and not args.con_weight:
+        p.error("--rec_weight 0 --con_weight 0: nothing would be trained")
     return args
 
 
@@ -209,6 +215,8 @@ def main():
     global_batch = args.batch_size * args.accum_steps * world
     count = len(paths) + len(images)
     total_steps = args.max_steps or max(1, int(args.epochs * count / global_batch))
+    if args.batch_size * world < 2:
+        raise ValueError("--batch_size 1 on one rank: nothing to contrast with, expected at least 2")
     warmup_steps = int(total_steps * args.warmup_epochs / args.epochs)
     ramp_steps = int(total_steps * args.con_ramp / args.epochs)
 
@@ -234,6 +242,7 @@ def main():
     if os.path.exists(last) and args.resume is not False:
         try:
             saved = torch.load(last, map_location="cpu", weights_only=True)
+            saved["args"]["con_ramp"]  # other scripts have none
             changed = [f"{k} {saved['args'].get(k)} -> {v}" for k, v in run.items() if saved["args"].get(k) != v]
             finished = saved["step"] >= saved["args"]["total_steps"]
             free_config = ("pos_grid", "encoder_norm")  # --init may have set them
@@ -466,7 +475,8 @@ def main():
             if all_reads >= 20 and all_bad / all_reads > args.max_bad:
                 save(step)
                 raise ValueError(f"{int(all_bad)} of {int(all_reads)} reads failed, more than --max_bad "
-                                 f"{args.max_bad}: see {bad_file}; `python data.py check` lists all")
+                                 f"{args.max_bad}: see {bad_file}; `python data.py check` lists all. {last} is saved "
+                                 f"at step {step}")
             sums.zero_()
             clock, logged = time.time(), step
         if step % args.save_every == 0 or step == total_steps or stopping:

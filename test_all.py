@@ -2233,6 +2233,10 @@ def test_image_models_become_video_models():
     weights.load_pretrained(mae, path, verbose=False)
     assert mae.encoder.pos[:4].equal(mae.encoder.pos[4:]) and mae.encoder.temporal_pos.shape == (2, 128)
     assert not mae.dec_pos[:4].equal(mae.dec_pos[4:])  # the decoder is new: it knows time
+    wide = VideoMAE("tiny", 1, 32, tubelet_size=1, dec_depth=1, dec_width=48)
+    report = weights.load_pretrained(wide, path, verbose=False)  # another decoder: the encoder alone
+    assert "width 96" in report["skipped"]["mask_token"] and "decoder.head.weight" in report["new"]
+    assert wide.encoder.blocks[0].mlp.fc1.weight.equal(source.encoder.blocks[0].mlp.fc1.weight)
     groups = {id(p): g for g in param_groups(video, 0.05, 0.5) for p in g["params"]}
     group = groups[id(video.temporal_pos)]
     assert group["weight_decay"] == 0 and group["lr_scale"] == 0.5 ** 5
@@ -2311,6 +2315,25 @@ def test_contrastive_ranks_equal_one_process():
 
 
 @test
+def test_contrastive_mistakes():
+    """Impossible flags of pretrain_vicmae.py and pretrain_moco.py: named, with what is allowed, no traceback."""
+    folder = toy_videos()
+    out = ["--out_dir", os.path.join(TMP, "contrast_mistake"), "--num_workers", 0, "--size", "tiny"]
+    for module, args, words in (
+            (pretrain_vicmae, [], ["--data", "--images", "--toy"]), (pretrain_moco, [], ["--data", "--toy"]),
+            (pretrain_vicmae, ["--data", folder, "--image_fraction", 0.3], ["--images"]),
+            (pretrain_vicmae, ["--data", folder, "--images", folder, "--image_fraction", 1], ["below 1"]),
+            (pretrain_vicmae, ["--data", folder, "--batch_size", 1], ["--batch_size 1", "at least 2"]),
+            (pretrain_vicmae, ["--data", folder, "--rec_weight", 0, "--con_weight", 0], ["nothing"]),
+            (pretrain_vicmae, ["--images", "nowhere"], ["nowhere"]),
+            (pretrain_moco, ["--data", folder, "--batch_size", 1], ["--batch_size 1", "at least 2"]),
+            (pretrain_moco, ["--data", folder, "--momentum", 1.5], ["--momentum 1.5"]),
+            (pretrain_moco, ["--data", folder, "--num_frames", 3], ["num_frames=3", "tubelet_size=2"])):
+        text = mistake(module, *args, *out)
+        assert all(w in text for w in words), (args, text)
+
+
+@test
 def test_picture_folders_end_to_end():
     """Class folders of pictures: ViC-MAE's pre-training, fine-tuning of a released ViT, linear probe, test, k-NN."""
     rng, folder, shape = np.random.default_rng(0), os.path.join(TMP, "pictures"), ["--img_size", 32, "--num_workers", 0]
@@ -2320,7 +2343,7 @@ def test_picture_folders_end_to_end():
             noise = rng.integers(-40, 40, (40, 48, 3)) + np.array(color)
             data.write_png(os.path.join(folder, label, f"{i}.png"), noise.clip(0, 255).astype(np.uint8))
     out = {name: os.path.join(TMP, f"pictures_{name}") for name in ("pre", "probe", "tuned", "test", "knn")}
-    text = run("pretrain_vicmae.py", "--data", "--images", folder, *shape, "--size", "tiny", "--patch_size", 8,
+    text = run("pretrain_vicmae.py", "--images", folder, *shape, "--size", "tiny", "--patch_size", 8,
                "--batch_size", 6, "--max_steps", 3, "--proj_width", 16, "--decoder_depth", 1, "--out_dir", out["pre"])
     assert "0 videos, 18 pictures" in text
     pre, released = os.path.join(out["pre"], "last.pt"), saved("released.pth", dict(model=released_vit(0)))

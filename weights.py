@@ -199,6 +199,11 @@ def load_pretrained(model: nn.Module, path: str, verbose: bool = True) -> dict:
             model.config["encoder_norm"] = False
             want = model.state_dict()
     report, fits = dict(loaded=[], skipped={}, new={}), {}
+    if "mask_token" in source and "mask_token" in want and source["mask_token"].shape != want["mask_token"].shape:
+        why = f"a decoder of width {source['mask_token'].shape[2]}, this model's has {want['mask_token'].shape[2]}"
+        others = [k for k in source if k.startswith(("decoder.", "encoder_to_decoder.", "mask_token"))]
+        report["skipped"] = {k: why for k in others}
+        source = {k: v for k, v in source.items() if k not in others}
     for name, x in source.items():
         if name not in want:
             report["skipped"][name] = "no such parameter in this model"
@@ -241,11 +246,13 @@ def to_hf(model: nn.Module) -> tuple[dict, dict]:
     transformers fixes eps 1e-5 in decoder.norm and fc_norm where this model has 1e-6: outputs agree to about 1e-4.
     """
     c, s, pretrain = model.config, SIZES[model.config["size"]], isinstance(model, VideoMAE)
-    parts = [k for k in IMAGE_PARTS if c.get(k)] + ["joint_norm"] * bool(c.get("joint_norm"))
-    if pretrain and model.target != "clip" or c["pos_grid"] != list(model.grid) or parts:
-        raise ValueError("transformers' VideoMAE knows target=clip and positions of its own grid only (here "
-                         f"target={c.get('target', 'clip')}, positions of {c['pos_grid']} resized to {model.grid}"
-                         + "".join(f", {k}" for k in parts) + ")")
+    lacks = [f"a {part.replace('_', ' ')}" for part in IMAGE_PARTS if c.get(part)]
+    lacks += ["jointly normalised targets (ViC-MAE)"] * bool(c.get("joint_norm"))
+    lacks += [f"target={c.get('target')}"] * (c.get("target", "clip") != "clip")
+    if c["pos_grid"] != list(model.grid):
+        lacks.append(f"positions of {c['pos_grid']} resized to {model.grid}")
+    if lacks:
+        raise ValueError(f"transformers' VideoMAE does not know what this model has: {', '.join(lacks)}")
     state, weights = {}, model.state_dict()
     if c.get("head_norm"):  # the linear probe's BatchNorm is part of the linear map
         mean, scale = weights.pop("head_norm.running_mean"), (weights.pop("head_norm.running_var") + 1e-6).rsqrt()
