@@ -2229,6 +2229,9 @@ def test_image_models_become_video_models():
     with torch.no_grad():
         video.temporal_pos.normal_()
     assert not torch.allclose(pooled[0], Encoder.forward(video, clip).mean(1), atol=0.01)
+    for model, lacks in ((source, "jointly normalised"), (video, "a temporal pos")):
+        with raises("transformers", lacks):
+            weights.to_hf(model)
     mae = VideoMAE("tiny", 4, 32, dec_depth=1, **weights.image_parts(path, num_frames=4, tubelet_size=2))  # --init's
     weights.load_pretrained(mae, path, verbose=False)
     assert mae.encoder.pos[:4].equal(mae.encoder.pos[4:]) and mae.encoder.temporal_pos.shape == (2, 128)
