@@ -1,8 +1,9 @@
-"""Augmentation for fine-tuning, in torch on uint8 clips: RandAugment, random-resized crop, erasing, mixup, cutmix.
+"""Augmentation, in torch on uint8 clips: RandAugment, random-resized crop, erasing, mixup, CutMix.
 
-Everything is drawn once per clip and applied to all its frames alike. A clip is (T, C, H, W) uint8 here: planes are
-several times faster than interleaved pixels. Draws come from a numpy Generator, so they do not depend on workers.
-RandAugment follows PIL, which the paper's code used, to the last bit where PIL's operation is pointwise.
+Everything is drawn once per clip and applied to all its frames alike. A clip is (T, C, H, W) uint8
+here: planes are several times faster than interleaved pixels. Draws come from a numpy Generator, so
+they do not depend on workers. RandAugment follows PIL, which the paper's code used, to the last bit
+where PIL's operation is pointwise.
 """
 
 import math
@@ -14,39 +15,71 @@ import torch.nn.functional as F
 FILL = 128  # grey level of what a geometric operation brings in from outside
 
 
-# ---- RandAugment: operations on (T, C, H, W) uint8 ----
+# ---- RandAugment: operations on (T, C, H, W) uint8; their argument is the last ----
 
 def lookup(clip: torch.Tensor, table: np.ndarray) -> torch.Tensor:
-    """table (256,), or (T, C, 256) with one row per plane; values are rounded down and clipped to 0..255."""
+    """Maps every value v to table[v], rounded down and clipped to 0..255.
+
+    table (256,), or (T, C, 256) with a row for each plane.
+    """
     table = np.clip(np.floor(table), 0, 255).astype(np.uint8)
     if table.ndim == 1:
         return torch.from_numpy(np.take(table, clip.numpy()))
     planes = zip(table.reshape(-1, 256), clip.flatten(0, 1).numpy())
-    return torch.from_numpy(np.stack([np.take(row, plane) for row, plane in planes])).view(clip.shape)
+    return torch.from_numpy(np.stack([np.take(row, plane) for row, plane in planes])).view(
+        clip.shape)
 
 
-def auto_contrast(clip, _):
+def auto_contrast(clip, _=None):
     """Stretches each plane so that its darkest value becomes 0 and its brightest 255."""
-    low, high = (f(clip.flatten(2), 2).numpy().astype(float)[..., None] for f in (torch.amin, torch.amax))
+    pixels = clip.flatten(2)  # (T, C, H*W)
+    low = pixels.amin(2).numpy().astype(float)[..., None]  # (T, C, 1)
+    high = pixels.amax(2).numpy().astype(float)[..., None]
     flat = high <= low
     scale = 255 / np.where(flat, 1, high - low)
-    x = np.arange(256.0)
-    return lookup(clip, np.where(flat, x, np.trunc(x * scale - low * scale)))
+    values = np.arange(256.0)
+    return lookup(clip, np.where(flat, values, np.trunc(values * scale - low * scale)))
 
 
-def equalize(clip, _):
+def equalize(clip, _=None):
     """Equalises the histogram of each plane."""
     tables = []
     for plane in clip.flatten(0, 1).flatten(1).numpy():
         count = np.bincount(plane, minlength=256)
-        step = (plane.size - count[count.nonzero()[0][-1]]) // 255  # the last occupied level does not count
+        last = count.nonzero()[0][-1]  # the last occupied level does not count
+        step = (plane.size - count[last]) // 255
         before = np.cumsum(count) - count
         tables.append((step // 2 + before) // step if step else np.arange(256))
     return lookup(clip, np.stack(tables).reshape(*clip.shape[:2], 256))
 
 
+def invert(clip, _=None):
+    """255 - value."""
+    return 255 - clip
+
+
+def posterize(clip, bits):
+    """Keeps the `bits` highest bits of a value."""
+    return clip & (0xFF00 >> bits & 0xFF)
+
+
+def solarize(clip, threshold):
+    """Inverts the values from `threshold` on."""
+    values = np.arange(256)
+    return lookup(clip, np.where(values < threshold, values, 255 - values))
+
+
+def solarize_add(clip, amount):
+    """Adds to the values below 128."""
+    values = np.arange(256)
+    return lookup(clip, np.where(values < 128, values + amount, values))
+
+
 def blend(clip: torch.Tensor, other, factor: float) -> torch.Tensor:
-    """other + factor * (clip - other), rounded down, clipped: factor 0 gives `other`, 1 the clip, 2 exaggerates."""
+    """other + factor * (clip - other), rounded down, clipped.
+
+    Factor 0 gives `other` (a number, or a tensor that broadcasts), 1 the clip, 2 exaggerates.
+    """
     other = other.float() if isinstance(other, torch.Tensor) else other
     return clip.float().sub_(other).mul_(factor).add_(other).clamp_(0, 255).byte()
 
@@ -57,10 +90,20 @@ def grey(clip: torch.Tensor) -> torch.Tensor:
     return ((r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16).byte()[:, None]
 
 
+def saturate(clip, factor):
+    """Blend with the grey clip."""
+    return blend(clip, grey(clip), factor)
+
+
 def contrast(clip, factor):
     """Blend with the mean grey of each frame."""
     mean = (grey(clip).float().mean((1, 2, 3), keepdim=True) + 0.5).floor()  # (T, 1, 1, 1)
     return blend(clip, mean, factor)
+
+
+def brightness(clip, factor):
+    """Blend with black."""
+    return blend(clip, 0, factor)
 
 
 def sharpness(clip, factor):
@@ -74,24 +117,28 @@ def sharpness(clip, factor):
 
 
 def affine(clip: torch.Tensor, matrix) -> torch.Tensor:
-    """Output pixel (x, y) is the input at (a x + b y + c, d x + e y + f), bilinear; FILL where that lies outside.
+    """Output pixel (x, y) is the input at (a x + b y + c, d x + e y + f), bilinear.
 
-    Coordinates are those of PIL: pixel centres at .5. One set of weights serves all planes.
+    FILL where that lies outside. Coordinates are those of PIL: pixel centres at .5. One set of
+    weights serves all planes.
     """
     a, b, c, d, e, f = matrix
     H, W = clip.shape[2:]
-    x, y = torch.arange(W, dtype=torch.float64) + 0.5, torch.arange(H, dtype=torch.float64)[:, None] + 0.5
+    x = torch.arange(W, dtype=torch.float64) + 0.5
+    y = torch.arange(H, dtype=torch.float64)[:, None] + 0.5
     x, y = a * x + b * y + c, d * x + e * y + f  # (H, W): where output pixels come from
     outside = (x < 0) | (x >= W) | (y < 0) | (y >= H)
     x, y = x - 0.5, y - 0.5
     x0, y0 = x.floor(), y.floor()
     wx, wy = (x - x0).float(), (y - y0).float()
-    column = lambda i: i.clamp(0, W - 1).int()
-    row = lambda j: j.clamp(0, H - 1).int() * W
-    pixels = clip.reshape(-1, H * W).t().contiguous()  # (H*W, T*C): a gather then copies rows, 15 times as fast
-    taps = [(row(y0) + column(x0), (1 - wy) * (1 - wx)), (row(y0) + column(x0 + 1), (1 - wy) * wx),
-            (row(y0 + 1) + column(x0), wy * (1 - wx)), (row(y0 + 1) + column(x0 + 1), wy * wx)]
-    out = torch.full(pixels.shape, 1e-4)  # a whole number that float32 just misses is not rounded down
+    left, right = (i.clamp(0, W - 1).int() for i in (x0, x0 + 1))
+    above, below = (j.clamp(0, H - 1).int() * W for j in (y0, y0 + 1))
+    taps = ((above + left, (1 - wy) * (1 - wx)), (above + right, (1 - wy) * wx),
+            (below + left, wy * (1 - wx)), (below + right, wy * wx))
+    # (H*W, T*C): a gather then copies rows, 15 times as fast
+    pixels = clip.reshape(-1, H * W).t().contiguous()
+    # a whole number that float32 just misses is not rounded down
+    out = torch.full(pixels.shape, 1e-4)
     for index, weight in taps:
         if weight.any():  # shear and translation need two of the four
             out.addcmul_(pixels.index_select(0, index.flatten()), weight.view(-1, 1))
@@ -103,47 +150,79 @@ def rotate(clip, degrees):
     H, W = clip.shape[2:]
     r = -math.radians(degrees)
     cos, sin = math.cos(r), math.sin(r)
-    return affine(clip, (cos, sin, W / 2 - cos * W / 2 - sin * H / 2, -sin, cos, H / 2 + sin * W / 2 - cos * H / 2))
+    x, y = W / 2 - cos * W / 2 - sin * H / 2, H / 2 + sin * W / 2 - cos * H / 2
+    return affine(clip, (cos, sin, x, -sin, cos, y))
 
 
-X = np.arange(256)
+def shear_x(clip, slope):
+    """Rows are moved by slope * y pixels."""
+    return affine(clip, (1, slope, 0, 0, 1, 0))
+
+
+def shear_y(clip, slope):
+    """Columns are moved by slope * x pixels."""
+    return affine(clip, (1, 0, 0, slope, 1, 0))
+
+
+def translate_x(clip, share):
+    """Moved by a share of the width."""
+    return affine(clip, (1, 0, share * clip.shape[3], 0, 1, 0))
+
+
+def translate_y(clip, share):
+    """Moved by a share of the height."""
+    return affine(clip, (1, 0, 0, 0, 1, share * clip.shape[2]))
+
+
+def no_argument(m, sign):
+    """The operation has one strength only."""
+
+
+def factor_of(m, sign):
+    """For blends: 1 leaves the clip as it is."""
+    return 1 + sign * 0.09 * m
+
+
 # name -> (operation(clip, argument), argument from the magnitude m in [0, 10] and a sign +-1)
 OPERATIONS = {
-    "AutoContrast": (auto_contrast, lambda m, s: None),
-    "Equalize": (equalize, lambda m, s: None),
-    "Invert": (lambda clip, _: 255 - clip, lambda m, s: None),
-    "Rotate": (rotate, lambda m, s: s * 30 * m / 10),  # degrees
-    "Posterize": (lambda clip, bits: clip & (0xFF00 >> bits & 0xFF), lambda m, s: 4 - int(0.4 * m)),  # bits that stay
-    "Solarize": (lambda clip, t: lookup(clip, np.where(X < t, X, 255 - X)), lambda m, s: 256 - int(25.6 * m)),
-    "SolarizeAdd": (lambda clip, a: lookup(clip, np.where(X < 128, X + a, X)), lambda m, s: int(11 * m)),
-    "Color": (lambda clip, f: blend(clip, grey(clip), f), lambda m, s: 1 + s * 0.09 * m),
-    "Contrast": (contrast, lambda m, s: 1 + s * 0.09 * m),
-    "Brightness": (lambda clip, f: blend(clip, 0, f), lambda m, s: 1 + s * 0.09 * m),
-    "Sharpness": (sharpness, lambda m, s: 1 + s * 0.09 * m),
-    "ShearX": (lambda clip, f: affine(clip, (1, f, 0, 0, 1, 0)), lambda m, s: s * 0.03 * m),
-    "ShearY": (lambda clip, f: affine(clip, (1, 0, 0, f, 1, 0)), lambda m, s: s * 0.03 * m),
-    "TranslateX": (lambda clip, f: affine(clip, (1, 0, f * clip.shape[3], 0, 1, 0)), lambda m, s: s * 0.045 * m),
-    "TranslateY": (lambda clip, f: affine(clip, (1, 0, 0, 0, 1, f * clip.shape[2])), lambda m, s: s * 0.045 * m),
+    "AutoContrast": (auto_contrast, no_argument),
+    "Equalize": (equalize, no_argument),
+    "Invert": (invert, no_argument),
+    "Rotate": (rotate, lambda m, sign: sign * 30 * m / 10),
+    "Posterize": (posterize, lambda m, sign: 4 - int(0.4 * m)),
+    "Solarize": (solarize, lambda m, sign: 256 - int(25.6 * m)),
+    "SolarizeAdd": (solarize_add, lambda m, sign: int(11 * m)),
+    "Color": (saturate, factor_of),
+    "Contrast": (contrast, factor_of),
+    "Brightness": (brightness, factor_of),
+    "Sharpness": (sharpness, factor_of),
+    "ShearX": (shear_x, lambda m, sign: sign * 0.03 * m),
+    "ShearY": (shear_y, lambda m, sign: sign * 0.03 * m),
+    "TranslateX": (translate_x, lambda m, sign: sign * 0.045 * m),
+    "TranslateY": (translate_y, lambda m, sign: sign * 0.045 * m),
 }
 
 
-def rand_augment(rng, clip: torch.Tensor, num_ops=4, magnitude=7.0, std=0.5, prob=0.5) -> torch.Tensor:
+def rand_augment(rng, clip: torch.Tensor, num_ops=4, magnitude=7.0, std=0.5,
+                 prob=0.5) -> torch.Tensor:
     """m7-n4-mstd0.5-inc1: num_ops operations drawn with replacement, each applied with `prob`.
 
-    clip (T, C, H, W) uint8 -> the same. Each has its own magnitude ~ N(magnitude, std) in [0, 10] and its own sign.
+    clip (T, C, H, W) uint8 -> the same. Each operation has its own magnitude, N(magnitude, std)
+    clipped to [0, 10], and its own sign.
     """
     for name in rng.choice(list(OPERATIONS), num_ops):
         if rng.random() < prob:
             operation, argument = OPERATIONS[name]
             m = float(np.clip(rng.normal(magnitude, std), 0, 10))
-            clip = operation(clip, argument(m, 1 if rng.random() < 0.5 else -1))
+            sign = 1 if rng.random() < 0.5 else -1
+            clip = operation(clip, argument(m, sign))
     return clip
 
 
-# ---- crop, erasing ----
+# ---- crop, erasing: boxes are (top, left, h, w) in whole pixels ----
 
 def random_box(rng, height: int, width: int, area, aspect, tries: int = 10):
-    """-> (top, left, h, w) in whole pixels: a share of the area in `area`, w/h log-uniform in `aspect`, or None."""
+    """-> a box with a share of the area in `area` and w/h log-uniform in `aspect`, or None."""
     for _ in range(tries):
         pixels = rng.uniform(*area) * height * width
         ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
@@ -154,7 +233,7 @@ def random_box(rng, height: int, width: int, area, aspect, tries: int = 10):
 
 
 def random_resized_crop(rng, height: int, width: int, area=(0.08, 1), aspect=(3 / 4, 4 / 3)):
-    """-> (top, left, h, w): random_box, or the largest central crop whose w/h lies in `aspect`."""
+    """-> random_box, or the largest central crop whose w/h lies in `aspect`."""
     box = random_box(rng, height, width, area, aspect)
     if box is None:
         h = min(height, round(width / aspect[0]))
@@ -164,38 +243,49 @@ def random_resized_crop(rng, height: int, width: int, area=(0.08, 1), aspect=(3 
 
 
 def erase_box(rng, height: int, width: int, prob: float) -> list:
-    """-> [top, left, h, w] of random erasing (area .02 to 1/3, aspect .3 to 3.3), all 0 with probability 1 - prob."""
-    box = random_box(rng, height, width, (0.02, 1 / 3), (0.3, 1 / 0.3)) if rng.random() < prob else None
+    """-> the box of random erasing (area .02 to 1/3, aspect .3 to 3.3), [0, 0, 0, 0] for none.
+
+    prob: how likely there is one.
+    """
+    box = None
+    if rng.random() < prob:
+        box = random_box(rng, height, width, (0.02, 1 / 3), (0.3, 1 / 0.3))
     return list(box or (0, 0, 0, 0))
 
 
-# ---- on the device, on batches: erasing, mixup, cutmix ----
+# ---- on the device, on batches: erasing, mixup, CutMix ----
 
 def inside(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """(B, 4) int top, left, h, w -> (B, 1, H, W, 1) bool."""
     y, x = (torch.arange(n, device=boxes.device) for n in (height, width))
     top, left, h, w = boxes.T[..., None]  # each (B, 1)
-    rows, columns = (y >= top) & (y < top + h), (x >= left) & (x < left + w)
+    rows = (y >= top) & (y < top + h)  # (B, H)
+    columns = (x >= left) & (x < left + w)  # (B, W)
     return (rows[:, :, None] & columns[:, None, :])[:, None, :, :, None]
 
 
 def erase(video: torch.Tensor, boxes: torch.Tensor, mean, std) -> torch.Tensor:
-    """(B, T, H, W, C) float in [0,1], boxes (B, 4): normal noise (after mean and std) in the box, in all frames."""
-    noise = torch.randn_like(video) * torch.tensor(std, device=video.device) + torch.tensor(mean, device=video.device)
+    """(B, T, H, W, C) float in [0,1], boxes (B, 4) -> normal noise in the box, in all frames.
+
+    The noise has this mean and std (C values each).
+    """
+    mean, std = (torch.tensor(x, device=video.device) for x in (mean, std))
+    noise = torch.randn_like(video) * std + mean
     return torch.where(inside(boxes, *video.shape[2:4]), noise, video)
 
 
 def hsv_shift(video: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """(B, T, H, W, 3) float in [0,1], shift (B, 3) -> hue (turns), saturation and value moved, the latter two clipped.
+    """Moves hue (turns), saturation and value; the latter two are clipped.
 
-    One shift for all frames of a clip.
+    video (B, T, H, W, 3) float in [0,1], shift (B, 3): one for all frames of a clip.
     """
     dh, ds, dv = shift.view(-1, 3, 1, 1, 1, 1).unbind(1)
     r, g, b = video.split(1, -1)
     value, low = video.amax(-1, keepdim=True), video.amin(-1, keepdim=True)
     chroma = value - low
     safe = chroma.clamp(min=1e-12)
-    hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)) / 6
+    below_red = torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)
+    hue = torch.where(value == r, (g - b) / safe, below_red) / 6
     saturation = (chroma / value.clamp(min=1e-12) + ds).clamp(0, 1)
     value = (value + dv).clamp(0, 1)
     k = ((hue + dh) * 6 + torch.tensor([5.0, 3.0, 1.0], device=video.device)) % 6
@@ -203,10 +293,11 @@ def hsv_shift(video: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
 
 
 def mix(rng, video, labels, num_classes, mixup=0.8, cutmix=1.0, switch_prob=0.5, smoothing=0.1):
-    """Mixup or CutMix with the batch reversed, one lambda for all; (video, soft targets (B, num_classes) float32).
+    """Mixup or CutMix with the batch reversed, one lambda for all.
 
-    video (B, T, H, W, C) float. lambda ~ Beta(mixup, mixup), or with switch_prob Beta(cutmix, cutmix), then the share
-    outside the box (the same in all frames). 0 turns either off. Targets are smoothed before they are mixed.
+    video (B, T, H, W, C) float, labels (B,) -> the video, soft targets (B, num_classes) float32.
+    lambda ~ Beta(mixup, mixup), or with switch_prob Beta(cutmix, cutmix), then the share outside
+    the box (the same in all frames). 0 turns either off. Targets are smoothed, then mixed.
     """
     off = smoothing / num_classes
     target = torch.full((len(labels), num_classes), off, device=labels.device)
@@ -226,28 +317,36 @@ def mix(rng, video, labels, num_classes, mixup=0.8, cutmix=1.0, switch_prob=0.5,
 
 
 def cutmix_box(rng, height: int, width: int, lam: float) -> tuple[tuple, float]:
-    """-> (top, left, h, w) of share 1 - lam around a uniform centre, cut off at the edges, and the lambda that it has.
+    """-> a box of share 1 - lam around a uniform centre, and the lambda that it has.
+
+    It is cut off at the edges, and lambda then is larger.
     """
     h, w = int(height * math.sqrt(1 - lam)), int(width * math.sqrt(1 - lam))
     y, x = rng.integers(height), rng.integers(width)
     top, bottom = (int(np.clip(v, 0, height)) for v in (y - h // 2, y + h // 2))
     left, right = (int(np.clip(v, 0, width)) for v in (x - w // 2, x + w // 2))
-    return (top, left, bottom - top, right - left), 1 - (bottom - top) * (right - left) / (height * width)
+    h, w = bottom - top, right - left
+    return (top, left, h, w), 1 - h * w / (height * width)
 
 
 # ---- the views of contrastive learning, on (T, C, H, W) uint8: one draw for all frames ----
 
-def color_jitter(rng, clip: torch.Tensor, brightness=0.4, contrast_=0.4, saturation=0.2, hue=0.1) -> torch.Tensor:
-    """In random order, factors uniform in 1 +- strength, the hue moved by up to `hue` turns (MoCo v3's strengths)."""
-    factor = lambda strength: rng.uniform(1 - strength, 1 + strength)
+def color_jitter(rng, clip: torch.Tensor, brightness=0.4, contrast=0.4, saturation=0.2,
+                 hue=0.1) -> torch.Tensor:
+    """In random order, factors uniform in 1 +- strength, the hue moved by up to `hue` turns.
+
+    The strengths are MoCo v3's.
+    """
+    strengths = dict(Brightness=brightness, Contrast=contrast, Color=saturation)
     for name in rng.permutation(["Brightness", "Contrast", "Color", "Hue"]):
         if name == "Hue":
             shift = torch.tensor([[rng.uniform(-hue, hue), 0, 0]], dtype=torch.float32)
             video = clip.permute(0, 2, 3, 1)[None].float() / 255  # (1, T, H, W, C)
-            clip = (hsv_shift(video, shift)[0] * 255).round().byte().permute(0, 3, 1, 2)
+            shifted = hsv_shift(video, shift)[0]
+            clip = (shifted * 255).round().byte().permute(0, 3, 1, 2)
         else:
-            clip = OPERATIONS[name][0](clip, factor(dict(Brightness=brightness, Contrast=contrast_,
-                                                         Color=saturation)[name]))
+            factor = rng.uniform(1 - strengths[name], 1 + strengths[name])
+            clip = OPERATIONS[name][0](clip, factor)
     return clip
 
 
@@ -261,10 +360,12 @@ def blur(clip: torch.Tensor, sigma: float) -> torch.Tensor:
     return x.round().clamp(0, 255).byte()
 
 
-def view(rng, clip: torch.Tensor, size: tuple, area, color: bool, second: bool = False) -> torch.Tensor:
-    """One view, (T, C, *size): random-resized crop, flip; color: jitter p .8, grey p .2, blur, solarise.
+def view(rng, clip: torch.Tensor, size: tuple, area, color: bool,
+         second: bool = False) -> torch.Tensor:
+    """One view, (T, C, *size): random-resized crop, flip; color: jitter p .8, grey p .2, blur.
 
-    Blur p 1 and no solarising for the first view, p .1 and .2 for the second (BYOL's and MoCo v3's asymmetry).
+    Blur p 1 for the first view, p .1 and solarising p .2 for the second (BYOL's and MoCo v3's
+    asymmetry).
     """
     top, left, h, w = random_resized_crop(rng, *clip.shape[2:], area)
     clip = clip[:, :, top:top + h, left:left + w].contiguous()
@@ -280,5 +381,5 @@ def view(rng, clip: torch.Tensor, size: tuple, area, color: bool, second: bool =
     if rng.random() < (0.1 if second else 1):
         clip = blur(clip, rng.uniform(0.1, 2.0) * min(size) / 224)
     if second and rng.random() < 0.2:
-        clip = OPERATIONS["Solarize"][0](clip, 128)
+        clip = solarize(clip, 128)
     return clip

@@ -1,0 +1,209 @@
+"""Lists, folders and prepared sets -> the paths and labels of videos; labels -> class ids."""
+
+import os
+import re
+import zlib
+
+from video import prepared
+
+VIDEO_EXT = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".m4v", ".wmv", ".flv",
+             ".3gp", ".ts", ".ogv", ".gif", ".mts", ".m2ts", ".vob", ".mxf", ".ogg", ".asf",
+             ".divx", ".y4m", ".m2v", ".m1v", ".f4v")
+IMAGE_EXT = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+HEADERS = ("path,label", "video,label", "path", "video")  # first rows of a list that name columns
+MEDIA = "|".join(re.escape(ending) for ending in VIDEO_EXT + IMAGE_EXT)  # a regular expression
+
+
+# ---- rows of a list ----
+
+def parse_row(row: str, where: str) -> tuple[str, str | None]:
+    """A list row -> (path, label or None). Paths and labels may hold spaces and commas.
+
+    The path ends at the first known ending (.mp4, ...) that a comma, a tab or a space follows, or
+    with the row; a path of unknown ending ends at the last tab, else comma, else space, else with
+    the row. A path in double quotes is taken as it is. ValueError: no path; it says `where`.
+    """
+    tabbed = re.fullmatch(rf"(.*(?:{MEDIA}))\t([^\t]*)", row, re.IGNORECASE)  # as we write lists
+    if tabbed and not row.startswith('"'):
+        return tabbed[1].strip(), tabbed[2].strip().strip('"') or None
+    quoted = re.fullmatch(r'\s*"([^"]+)"\s*(?:[,\t ]\s*"?(.*?)"?\s*)?', row)
+    known = re.fullmatch(rf"(.*?(?:{MEDIA}))(?:\s*[,\t ]\s*(.*?))?\s*", row, re.IGNORECASE)
+    # quotes may also be part of a name: "q" s.mp4
+    if quoted and known and not re.search(rf"(?:{MEDIA})$", quoted[1], re.IGNORECASE):
+        quoted = None
+    match = quoted or known
+    for separator in "\t, ":
+        match = match or re.fullmatch(rf"(.+){separator}(.*)", row)
+    match = match or re.fullmatch(r' *([^\s,"][^\t, ]*)()', row)
+    if not match:
+        raise ValueError(f"{where}: {row!r}: expected `path`, or `path label` with a tab, a comma "
+                         "or a space between")
+    path, label = match[1], (match[2] or "").strip().strip('"')
+    return path if quoted else path.strip(), label or None
+
+
+def write_list(out: str, rows: list):
+    """Writes (path, label or None) rows so that parse_row reads them back.
+
+    Odd paths are put in double quotes.
+    """
+    with open(out, "w", encoding="utf-8") as f:
+        for path, label in rows:
+            row = f"{path}\t{label}" if label else path
+            if parse_row(row, out) != (path, label or None):
+                row = row.replace(path, f'"{path}"', 1)
+            f.write(row + "\n")
+
+
+# ---- sources ----
+
+def read_videos(source: str, data_root: str = "") -> tuple[list[str], list[str | None]]:
+    """A list, a folder (of class folders or flat), a prepared set or one video -> paths, labels.
+
+    Labels are as written, None where there is none. The videos of a prepared set are named
+    FOLDER::PATH. Relative paths of a list start at data_root. ValueError: nothing to read there.
+    """
+    if os.path.isdir(source) and prepared.is_prepared(source):
+        source = os.path.normpath(source)
+        rows = [(f"{source}::{path}", label)
+                for path, label in prepared.read_index(source)["rows"]]
+    elif os.path.isdir(source):
+        rows = read_folder(source)
+    elif prepared.in_set(source):
+        rows = [(source, None)]
+    elif not os.path.isfile(source):
+        raise ValueError(f"{source}: no such file or folder; expected a list file, a folder of "
+                         "videos, or the word toy")
+    elif is_media(os.path.basename(source)):
+        rows = [(source, None)]
+    else:
+        rows = read_list(source, data_root)
+    return [path for path, _ in rows], [label for _, label in rows]
+
+
+def is_media(name: str) -> bool:
+    """Whether a file's name has a known ending and is not hidden."""
+    return name.lower().endswith(VIDEO_EXT + IMAGE_EXT) and not name.startswith(".")
+
+
+def read_folder(source: str) -> list[tuple]:
+    """The videos of a folder at any depth -> (path, label) rows.
+
+    The label is the first folder below the source, None where there is none. Names that begin with
+    a dot are left out.
+    """
+    rows, seen = [], set()
+    for folder, subfolders, files in os.walk(source, followlinks=True):
+        seen.add(os.path.realpath(folder))  # links may lead in a circle
+        subfolders[:] = sorted(
+            name for name in subfolders
+            if not name.startswith((".", "@eaDir"))  # a NAS keeps its thumbnails in @eaDir
+            and os.path.realpath(os.path.join(folder, name)) not in seen)
+        inside = os.path.relpath(folder, source).split(os.sep)[0]
+        label = None if inside == "." else inside
+        rows += [(os.path.join(folder, name), label) for name in sorted(files) if is_media(name)]
+    if not rows:
+        raise ValueError(f"{source}: no videos in this folder; known endings: "
+                         f"{' '.join(VIDEO_EXT + IMAGE_EXT)}")
+    return rows
+
+
+def read_list(source: str, data_root: str) -> list[tuple]:
+    """A list file -> (path, label) rows; a header, empty lines and # comments are skipped."""
+    try:
+        with open(source, encoding="utf-8-sig") as f:
+            lines = f.read().splitlines()
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{source}: not a text file ({e}); expected a list with a row "
+                         "`path label` per video") from None
+    rows = []
+    for i, line in enumerate(lines, 1):
+        header = i == 1 and line.lower().replace("\t", ",") in HEADERS
+        comment = line.startswith("#") and not re.search(MEDIA, line, re.IGNORECASE)
+        if not line.strip() or header or comment:
+            continue
+        path, label = parse_row(line, f"{source} row {i}")
+        rows.append((path if prepared.in_set(path) else os.path.join(data_root, path), label))
+    if not rows:
+        raise ValueError(f"{source}: an empty list")
+    if not any(prepared.exists(path) for path, _ in rows):
+        raise ValueError(f"{source}: none of its {len(rows)} files exists, the first is "
+                         f"{rows[0][0]!r}; relative paths start at --data_root, or else at the "
+                         "current folder")
+    return rows
+
+
+def read_all(sources: list, data_root: str, toy: str,
+             outside: str | None = None) -> tuple[list[str], list[str | None]]:
+    """The videos of several sources, one after the other -> paths, labels; see read_videos.
+
+    The word "toy" means the folder or list `toy`. outside: a folder whose videos are left out,
+    such as a run's own out_dir.
+    """
+    rows = []
+    for source in sources:
+        rows += zip(*read_videos(toy if source == "toy" else source, data_root))
+    if outside is not None:
+        below = os.path.abspath(outside) + os.sep
+        rows = [row for row in rows if not os.path.abspath(row[0]).startswith(below)]
+    return [path for path, _ in rows], [label for _, label in rows]
+
+
+def refuse_pictures(paths: list[str], num_frames: int):
+    """ValueError where clips of more than one frame would be read from pictures."""
+    if num_frames == 1:
+        return
+    pictures = [path for path in paths if path.lower().endswith(IMAGE_EXT)]
+    if pictures:
+        raise ValueError(
+            f"{len(pictures)} of {len(paths)} files are pictures, the first is {pictures[0]}: a "
+            f"clip of {num_frames} frames would show one still {num_frames} times; expected "
+            "videos, or --num_frames 1 --tubelet_size 1. Frames of one video: make a video of "
+            "each folder first (ffmpeg -framerate 25 -i %05d.jpg clip.mp4)")
+
+
+def fingerprint(paths: list[str], labels: list | None = None) -> str:
+    """The number of videos and a checksum of their names and labels: is it the same data set?
+
+    A name is the last two parts of a path, so that the data may move.
+    """
+    names = ["/".join(path.replace(os.sep, "/").split("/")[-2:]) for path in paths]
+    if labels is not None:
+        names = [f"{name} {label}" for name, label in zip(names, labels)]
+    return f"{len(paths)} ({zlib.crc32(chr(10).join(names).encode()):08x})"
+
+
+# ---- classes ----
+
+def class_names(labels: list[str]) -> list[str]:
+    """The distinct labels in order: by number where all are integers, else by name.
+
+    A label's place is its class id.
+    """
+    if all(re.fullmatch(r"\d+", label) for label in labels):
+        return sorted(set(labels), key=int)
+    return sorted(set(labels))
+
+
+def class_ids(labels: list, classes: list[str], paths: list[str], known: str) -> list[int]:
+    """Labels as written -> class ids.
+
+    ValueError names the videos without a label and the labels not in `classes`, which are those of
+    `known`.
+    """
+    without = [path for path, label in zip(paths, labels) if label is None]
+    if without:
+        raise ValueError(f"{len(without)} of {len(paths)} videos have no label, the first is "
+                         f"{without[0]}; expected rows `path label` or one folder per class")
+    ids = {name: i for i, name in enumerate(classes)}
+    new = {}
+    for path, label in zip(paths, labels):
+        if label not in ids:
+            new.setdefault(label, []).append(path)
+    if new:
+        names = "; ".join(f"{label!r} ({len(some)} videos, the first {some[0]})"
+                          for label, some in list(new.items())[:3])
+        raise ValueError(f"{len(new)} labels are not among the {len(classes)} classes of {known}: "
+                         f"{names}; known are {', '.join(classes[:8])}"
+                         f"{', ...' if len(classes) > 8 else ''}")
+    return [ids[label] for label in labels]
