@@ -1,0 +1,63 @@
+"""Checkpoints and logs on disk: written whole or not at all, checked before they are used."""
+
+import json
+import os
+
+import torch
+
+PARTS = dict(model=dict, optimizer=(dict, list), scaler=dict, step=int, config=dict, args=dict)
+
+
+def write_whole(path: str, state: dict):
+    """A file that is whole at any moment: written beside, flushed, renamed."""
+    with open(path + ".part", "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".part", path)
+
+
+def read_checkpoint(path: str, script: str, flags, parts=()) -> dict:
+    """The checkpoint of a script with these flags; ValueError says what is wrong with it.
+
+    parts: what it has to hold beside PARTS. A checkpoint may lack a flag that is newer than it, but
+    none of its own may be unknown here: another script wrote it then.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        lacks = [k for k, kind in PARTS.items() if not isinstance(saved.get(k), kind)]
+        lacks += [k for k in parts if k not in saved]
+    except Exception as e:  # torch raises whatever the broken bytes lead to
+        raise ValueError(f"{path}: not a checkpoint of {script} ({e}); "
+                         "--no-resume moves it aside") from None
+    if not lacks and not isinstance(saved["args"].get("total_steps"), int):
+        lacks = ["args.total_steps"]
+    if lacks:
+        raise ValueError(f"{path}: not a checkpoint of {script}, it lacks {', '.join(lacks)}; "
+                         "--no-resume moves it aside")
+    unknown = sorted(set(saved["args"]) - {*flags, "total_steps"})
+    if unknown:
+        raise ValueError(f"{path}: not a checkpoint of {script}, which has no "
+                         f"{', '.join(unknown[:5])}; --no-resume moves it aside")
+    return saved
+
+
+def read_rows(path: str, step: int) -> list[str]:
+    """The lines of a log.jsonl up to a step: later ones will be written again, as a torn last one.
+
+    ValueError names a row that is none.
+    """
+    if not os.path.exists(path):
+        return []
+    rows = []
+    with open(path) as f:
+        for i, row in enumerate(f, 1):
+            if not row.endswith("\n"):
+                break
+            try:
+                keep = json.loads(row)["step"] <= step
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(f"{path} row {i}: {row.strip()[:60]!r}: expected an object with a "
+                                 "step; remove that row, or move the file away") from None
+            rows += [row] if keep else []
+    return rows

@@ -1,0 +1,49 @@
+"""The learning rate's schedule, and an optimiser step that leaves out what is not finite."""
+
+import math
+
+import torch
+
+
+def lr_at(step: int, peak: float, floor: float, warmup: int, total: int) -> float:
+    """Learning rate of a step (0-based): linear from 0 over the warm-up, then half a cosine."""
+    if step < warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / max(total - warmup, 1)
+    return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * progress))
+
+
+def guarded_step(optimizer, scaler: torch.amp.GradScaler, bad_step: torch.Tensor):
+    """optimizer.step(), unless bad_step, a bool scalar on the device: a gradient is not finite.
+
+    An enabled scaler looks for that itself. Else the optimiser is asked how it can skip: torch's
+    fused kernels do it on the device, so that the host need not wait. For others the host looks.
+    """
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+    elif getattr(optimizer, "_step_supports_amp_scaling", False):  # what GradScaler asks, too
+        optimizer.found_inf = bad_step.float()
+        optimizer.step()
+    elif not bad_step:
+        optimizer.step()
+
+
+def load_optimizer(optimizer, state: dict, new_options: bool):
+    """Takes a saved state; ValueError or KeyError where it is that of another optimiser.
+
+    new_options: decay, betas and the like are those of this optimiser, not of the saved one.
+    """
+    lengths = lambda groups: [len(group["params"]) for group in groups]
+    before, now = lengths(state["param_groups"]), lengths(optimizer.param_groups)
+    if before != now:
+        raise ValueError(f"groups of {before} parameters, not {now}")
+    options = [{k: v for k, v in group.items() if k != "params" and (new_options or k == "fused")}
+               for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, option in zip(optimizer.param_groups, options):
+        group.update(option)
+    for p, moments in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+            if moments.get(name) is not None and moments[name].shape != p.shape:
+                shape = tuple(moments[name].shape)
+                raise ValueError(f"{name} of shape {shape} for a parameter of {tuple(p.shape)}")
