@@ -59,6 +59,9 @@ class Flags(argparse.Namespace):
 class Help(argparse.RawDescriptionHelpFormatter):
     """Shows the default of every flag that has one, unless its help tells it already."""
 
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=32, width=100)
+
     def _get_help_string(self, action):
         text = action.help or ""
         shown = action.default not in (None, False, "", [], argparse.SUPPRESS)
@@ -69,7 +72,13 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose help shows defaults; parse_args gives Flags."""
 
     def __init__(self, doc: str):
-        super().__init__(description=doc, formatter_class=Help)
+        super().__init__(description=doc, formatter_class=Help, usage="%(prog)s [flags]")
+
+    def format_help(self) -> str:
+        """The docstring, and every flag in its group with its default."""
+        for action in self._actions:
+            action.help = action.help or "(default: %(default)s)"
+        return super().format_help()
 
     def parse_args(self, argv=None) -> Flags:
         """-> the flags; an impossible one ends the program and is named."""
