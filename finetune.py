@@ -148,8 +148,12 @@ def main():
     if args.val_data or with_toy:
         val_paths, names = lists.read_all(args.val_data or ["toy"], args.data_root, "toy/val")
         val_labels = lists.class_ids(names, classes, val_paths, "the training data")
-    for line in lists.describe(classes, paths, labels, val_paths, val_labels, args.flip):
+    for line in lists.describe(classes, paths, labels, val_paths, val_labels):
         run.say(line)
+    sided = lists.sided(classes)
+    if args.flip and sided:
+        run.say(f"--flip mirrors the clips, but {len(sided)} classes name a side ({sided[0]}): "
+                "--no-flip?")
     run.plan(len(paths), args.repeat_aug)
     if run.global_batch > len(paths):
         raise ValueError(f"{len(paths)} videos are fewer than a batch of {run.global_batch}: lower "
