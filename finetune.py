@@ -24,8 +24,8 @@ import torch.nn.functional as F
 import data
 from lib.cubes import to_unit
 from lib.optim import lr_at
-from lib.process import (Parser, amount, count, fraction, number, optim_flags, portion, positive,
-                         run_flags, share, whole)
+from lib.process import (Parser, amount, count, fraction, optim_flags, portion, positive, run_flags,
+                         script_main, share, whole)
 from lib.run import Run
 from lib.views import TestVideos, run_views, scores
 from model import SIZES, VideoClassifier, count_params, param_groups
