@@ -33,8 +33,8 @@ def read_checkpoint(path: str, script: str, flags, parts=()) -> dict:
     if not lacks and not isinstance(saved["args"].get("total_steps"), int):
         lacks = ["args.total_steps"]
     if lacks:
-        raise ValueError(f"{path}: not a checkpoint of {script}, it lacks {', '.join(lacks)}; "
-                         "--no-resume moves it aside")
+        raise ValueError(f"{path}: not a checkpoint of {script}: {', '.join(lacks)} is missing or "
+                         "of another kind; --no-resume moves it aside")
     unknown = sorted(set(saved["args"]) - {*flags, "total_steps"})
     if unknown:
         raise ValueError(f"{path}: not a checkpoint of {script}, which has no "

@@ -124,9 +124,10 @@ class Run(Process):
         saved = read_checkpoint(path, self.script, {*vars(args), *self.facts}, parts)
         then = {k: saved["args"].get(k, args.defaults.get(k, v)) for k, v in self.facts.items()}
         self.changed = [f"{k} {then[k]} -> {v}" for k, v in self.facts.items() if then[k] != v]
-        by_init = ("pos_grid", "encoder_norm")  # --init may have set these
+        by_init = [k for k in ("pos_grid", "encoder_norm") if k in config]  # --init may set these
         differ = [k for k, v in config.items()
                   if k not in by_init and saved["config"].get(k, v) != v]
+        differ += [k for k in by_init if k not in saved["config"]]
         differ += ["classes"] if saved.get("classes") != classes else []
         changed = ", ".join(self.changed)
         finished = saved["step"] >= saved["args"]["total_steps"]
