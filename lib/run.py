@@ -169,7 +169,8 @@ class Run(Process):
             self.net = DistributedDataParallel(
                 self.net, device_ids=ids,
                 broadcast_buffers=any(isinstance(m, norms) for m in model.modules()))
-        sampler = sampler or self.sampler(self.samples, self.args.batch_size)
+        if sampler is None:
+            sampler = self.sampler(self.samples, self.args.batch_size)
         self.loader = make_loader(train_set, sampler, self.num_workers, self.device)
         self.take_over()
         self.saved, self.step = None, self.first_step
