@@ -1,7 +1,6 @@
-"""Weights of others: reading our checkpoints, the reference layout, Hugging Face's and timm's; writing Hugging Face's.
+"""Weights of others: our checkpoints, the reference layout, Hugging Face's and timm's are read.
 
-Beside model.py, not in it, so that the model stays readable in one sitting. Inside this project everything has the
-reference's names.
+Hugging Face's is written too. Inside this project everything has the reference's names.
 """
 
 import argparse
@@ -15,126 +14,188 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import repeat
 
-from model import IMAGE_PARTS, SIZES, VideoClassifier, VideoMAE, resize_table
+from lib.cubes import resize_table
+from model import IMAGE_PARTS, SIZES, VideoClassifier, VideoMAE
 
-HF_NAMES = [(r"^videomae\.embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-            (r"^videomae\.encoder\.layer\.", "blocks."), (r"^videomae\.layernorm\.", "norm."),
-            (r"^decoder\.decoder_layers\.", "decoder.blocks."), (r"^classifier\.", "head."),
-            (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."),
-            (r"\.attention\.output\.dense\.", ".attn.proj."), (r"\.attention\.attention\.", ".attn."),
-            (r"\.attn\.query\.bias$", ".attn.q_bias"), (r"\.attn\.value\.bias$", ".attn.v_bias"),
-            (r"\.intermediate\.dense\.", ".mlp.fc1."), (r"\.output\.dense\.", ".mlp.fc2.")]
+FROM_HF = [(r"^videomae\.embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+           (r"^videomae\.encoder\.layer\.", "blocks."),
+           (r"^videomae\.layernorm\.", "norm."),
+           (r"^decoder\.decoder_layers\.", "decoder.blocks."),
+           (r"^classifier\.", "head."),
+           (r"\.layernorm_before\.", ".norm1."),
+           (r"\.layernorm_after\.", ".norm2."),
+           (r"\.attention\.output\.dense\.", ".attn.proj."),
+           (r"\.attention\.attention\.", ".attn."),
+           (r"\.attn\.query\.bias$", ".attn.q_bias"),
+           (r"\.attn\.value\.bias$", ".attn.v_bias"),
+           (r"\.intermediate\.dense\.", ".mlp.fc1."),
+           (r"\.output\.dense\.", ".mlp.fc2.")]
 
+TO_HF = [(r"^encoder\.", ""),
+         (r"^decoder\.blocks\.", "decoder.decoder_layers."),
+         (r"^blocks\.", "videomae.encoder.layer."),
+         (r"^norm\.", "videomae.layernorm."),
+         (r"^head\.", "classifier."),
+         (r"^patch_embed\.proj\.", "videomae.embeddings.patch_embeddings.projection."),
+         (r"\.norm1\.", ".layernorm_before."),
+         (r"\.norm2\.", ".layernorm_after."),
+         (r"\.mlp\.fc1\.", ".intermediate.dense."),
+         (r"\.mlp\.fc2\.", ".output.dense."),
+         (r"\.attn\.proj\.", ".attention.output.dense."),
+         (r"\.attn\.", ".attention.attention.")]
+
+
+def rename(name: str, patterns: list) -> str:
+    """A parameter's name after all the (pattern, replacement), one after the other."""
+    for pattern, new in patterns:
+        name = re.sub(pattern, new, name)
+    return name
+
+
+# ---- reading ----
 
 def to_reference(state: dict) -> dict:
-    """A state dict in our, the reference's, HF's or timm's layout -> reference names without "encoder.", float32."""
+    """A state dict in any known layout -> reference names without "encoder.", float32."""
     out = {}
     for name, x in state.items():
         if name.startswith(("videomae.", "decoder.decoder_layers.", "classifier.")):
-            for pattern, new in HF_NAMES:
-                name = re.sub(pattern, new, name)
-        name = re.sub(r"^roi_heads\..*cls_score\.", "cls_score.", name)  # the paper's detection code
+            name = rename(name, FROM_HF)
+        # the paper's detection code
+        name = re.sub(r"^roi_heads\..*cls_score\.", "cls_score.", name)
         out[re.sub(r"^(module\.)?(backbone\.|encoder\.)?", "", name)] = x.float()
     for name in [k for k in out if k.endswith(".query.weight")]:
         stem = name.removesuffix("query.weight")
-        out[stem + "qkv.weight"] = torch.cat([out.pop(f"{stem}{p}.weight") for p in ("query", "key", "value")])
-    for name in [k for k in out if k.endswith(".qkv.bias")]:  # timm: the k bias cancels in the softmax
-        q, _, v = out.pop(name).chunk(3)
-        out[name.replace("qkv.bias", "q_bias")], out[name.replace("qkv.bias", "v_bias")] = q, v
+        parts = [out.pop(f"{stem}{part}.weight") for part in ("query", "key", "value")]
+        out[stem + "qkv.weight"] = torch.cat(parts)
+    for name in [k for k in out if k.endswith(".qkv.bias")]:
+        q, _, v = out.pop(name).chunk(3)  # timm: k's bias cancels in the softmax
+        out[name.replace("qkv.bias", "q_bias")] = q
+        out[name.replace("qkv.bias", "v_bias")] = v
     return out
 
 
 def image_positions(state: dict, path: str) -> int:
-    """The positions of an image ViT in reference names, in place: pos_embed -> spatial_pos (N, D); -> their side.
+    """The positions of an image ViT, in place: pos_embed -> spatial_pos (N, D); -> their side.
 
-    With a row for the class token (timm's and MAE's first) it is added to that, since only the sum is ever used.
+    state has reference names. A row for the class token (timm's and MAE's first) is added to that,
+    since only the sum is ever used.
     """
-    table = state.pop("pos_embed")[0]  # (N or 1 + N, D)
-    token, side = state.pop("cls_token", None), math.isqrt(len(table))
-    unknown = [k for k in ("dist_token", "reg_token", "norm_pre.weight") if k in state]
-    if unknown or side ** 2 != len(table) and (token is None or math.isqrt(len(table) - 1) ** 2 != len(table) - 1):
-        found = unknown[0] if unknown else f"{len(table)} positions"
-        raise ValueError(f"{path}: an image ViT with {found}; expected a square of patches and at most one class token "
-                         "before it")
-    if side ** 2 != len(table):
-        token, table, side = token + table[0], table[1:], math.isqrt(len(table) - 1)
-    state |= dict(spatial_pos=table) | ({} if token is None else dict(class_token=token))
+    table, token = state.pop("pos_embed")[0], state.pop("cls_token", None)  # (N or 1 + N, D)
+    found = [k for k in ("dist_token", "reg_token", "norm_pre.weight") if k in state]
+    side, inner = math.isqrt(len(table)), math.isqrt(len(table) - 1)
+    square = side ** 2 == len(table)
+    if not square and (token is None or inner ** 2 != len(table) - 1):
+        found.append(f"{len(table)} positions")
+    if found:
+        raise ValueError(f"{path}: an image ViT with {found[0]}; expected a square of patches and "
+                         "at most one class token before it")
+    if not square:
+        token, table, side = token + table[0], table[1:], inner
+    state["spatial_pos"] = table
+    if token is not None:
+        state["class_token"] = token
     return side
+
+
+def load_file(path: str) -> dict:
+    """What a .safetensors file or a torch checkpoint holds; ValueError names the file."""
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: no such file")
+    if path.endswith(".safetensors"):
+        try:
+            from safetensors.torch import load_file as load_safetensors
+        except ImportError:
+            raise ValueError(f"{path}: reading .safetensors needs "
+                             "`pip install safetensors`") from None
+        try:
+            return load_safetensors(path)
+        except Exception as e:  # a SafetensorError is a plain Exception
+            raise ValueError(f"{path}: not a safetensors file ({e})") from None
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # released files pickle theirs
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises whatever the broken bytes lead to
+        why = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
+        raise ValueError(f"{path}: not a checkpoint that torch loads with weights_only=True "
+                         f"({why})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dict of tensors")
+    return content
+
+
+def read_hf_config(path: str) -> tuple[dict, tuple, list | None]:
+    """A Hugging Face config.json -> (num_frames and img_size, token grid, class names or None)."""
+    with open(path) as f:
+        c = dict(num_frames=16, tubelet_size=2, image_size=224, patch_size=16) | json.load(f)
+    sides = c["image_size"] if isinstance(c["image_size"], list) else [c["image_size"]] * 2
+    grid = (c["num_frames"] // c["tubelet_size"], *(s // c["patch_size"] for s in sides))
+    classes = None
+    if "id2label" in c:
+        classes = [c["id2label"][str(i)] for i in range(len(c["id2label"]))]
+    return dict(num_frames=c["num_frames"], img_size=sides), grid, classes
 
 
 def read_weights(path: str) -> tuple[dict, list, dict]:
     """-> state dict in reference names, token grid of its positions, and what else the file tells.
 
-    The third is a dict: size, patch_size, tubelet_size, num_frames, img_size [H, W] (where a file does not say, 16 and
-    224), temporal_pos, spatial_pos, class_token (True where it has them), pretrained (holds a decoder), classes (names
-    or None), args (of our script, or {}). ValueError names the file.
+    The third is a dict: size, patch_size, tubelet_size, num_frames, img_size [H, W] (where a file
+    does not say, 16 and 224), temporal_pos, spatial_pos, class_token (True where it has them),
+    pretrained (holds a decoder), classes (names or None), args (of our script, or {}). ValueError
+    names the file.
     """
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     if os.path.isdir(path):
-        found = [f for f in ("model.safetensors", "pytorch_model.bin") if os.path.exists(os.path.join(path, f))]
+        names = ("model.safetensors", "pytorch_model.bin")
+        found = [f for f in names if os.path.exists(os.path.join(path, f))]
         if not found:
-            raise ValueError(f"{path}: holds neither model.safetensors nor pytorch_model.bin")
+            raise ValueError(f"{path}: holds neither {' nor '.join(names)}")
         path = os.path.join(path, found[0])
-    if not os.path.exists(path):
-        raise ValueError(f"{path}: no such file")
+    state = load_file(path)
     config, about = {}, dict(classes=None, args={})
-    if path.endswith(".safetensors"):
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise ValueError(f"{path}: reading .safetensors needs `pip install safetensors`") from None
-        try:
-            state = load_file(path)
-        except Exception as e:  # a SafetensorError is a plain Exception
-            raise ValueError(f"{path}: not a safetensors file ({e})") from None
-    else:
-        try:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # released files pickle their arguments
-                state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as e:  # torch raises whatever the broken bytes lead to
-            why = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
-            raise ValueError(f"{path}: not a checkpoint that torch loads with weights_only=True ({why})") from None
-        if not isinstance(state, dict):
-            raise ValueError(f"{path}: holds a {type(state).__name__}, expected a dict of tensors")
-        if isinstance(state.get("config"), dict):  # ours
-            config, about = state["config"], dict(classes=state.get("classes"), args=state.get("args") or {})
-        for key in ("ema", "model", "module", "state_dict"):
-            state = state[key] if isinstance(state.get(key), dict) else state
+    if isinstance(state.get("config"), dict):  # ours
+        config, about["classes"] = state["config"], state.get("classes")
+        about["args"] = state.get("args") or {}
+    for key in ("ema", "model", "module", "state_dict"):
+        state = state[key] if isinstance(state.get(key), dict) else state
     grid = config.get("pos_grid", (8, 14, 14))  # released files: 16 x 224 x 224
-    if any(k.startswith("videomae.") for k in state) and os.path.exists(os.path.join(folder, "config.json")):
-        c = json.load(open(os.path.join(folder, "config.json")))
-        c = dict(num_frames=16, tubelet_size=2, image_size=224, patch_size=16) | c
-        if "id2label" in c:
-            about["classes"] = [c["id2label"][str(i)] for i in range(len(c["id2label"]))]
-        sides = c["image_size"] if isinstance(c["image_size"], list) else [c["image_size"]] * 2
-        grid = (c["num_frames"] // c["tubelet_size"], *(s // c["patch_size"] for s in sides))
-        config = dict(num_frames=c["num_frames"], img_size=sides)
+    hf_config = os.path.join(folder, "config.json")
+    if any(k.startswith("videomae.") for k in state) and os.path.exists(hf_config):
+        config, grid, classes = read_hf_config(hf_config)
+        about["classes"] = classes or about["classes"]
     state = to_reference({k: v for k, v in state.items() if isinstance(v, torch.Tensor)})
+
+    # ---- what the tensors tell
     blocks = [int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in state) if m]
     cubes = state.get("patch_embed.proj.weight", torch.empty(0))
     if not blocks or cubes.ndim < 4:
         raise ValueError(f"{path}: no ViT in a known layout; it holds {list(state)[:3]}...")
-    width, depth = len(cubes), max(blocks) + 1
+    width, depth, patch = len(cubes), max(blocks) + 1, cubes.shape[-1]
     if cubes.ndim == 4:  # an image ViT: MAE's, ViC-MAE's, timm's
         if "pos_embed" not in state:
             raise ValueError(f"{path}: an image ViT without pos_embed")
         side = image_positions(state, path)
-        if {"decoder_embed.weight", "mask_token"} <= state.keys():  # MAE's decoder, which this project does not have
+        if {"decoder_embed.weight", "mask_token"} <= state.keys():
+            # MAE's decoder, which this project does not have
             state["decoder_mask_token"] = state.pop("mask_token")
-        grid, config = (1, side, side), dict(num_frames=1, img_size=[side * cubes.shape[-1]] * 2)
-    size = next((name for name, s in SIZES.items() if (s["width"], s["depth"]) == (width, depth)), None)
-    about |= dict(size=size, width=width, depth=depth, patch_size=cubes.shape[-1], num_frames=16, img_size=[224, 224],
+        grid, config = (1, side, side), dict(num_frames=1, img_size=[side * patch] * 2)
+    sizes = {(s["width"], s["depth"]): name for name, s in SIZES.items()}
+    about |= dict(size=sizes.get((width, depth)), width=width, depth=depth, patch_size=patch,
+                  num_frames=16, img_size=[224, 224],
                   tubelet_size=cubes.shape[2] if cubes.ndim == 5 else 1,
-                  pretrained="encoder_to_decoder.weight" in state) | config
+                  pretrained="encoder_to_decoder.weight" in state)
+    about |= config
     about |= {part: True for part in IMAGE_PARTS if part in state}
     return state, list(grid), about
 
 
-def encoder_shape(init: str | None, **flags) -> dict:
-    """The keyword arguments of an Encoder as an --init file has them where the flags (None: not given) do not say.
+# ---- models for what was read ----
 
-    flags: size, num_frames, img_size (H, W), patch_size, tubelet_size. Weights of images, which know no time, get a
-    temporal table in a model of several temporal slots. ValueError names the file.
+def encoder_shape(init: str | None, **flags) -> dict:
+    """The keyword arguments of an Encoder as an --init file has them where the flags do not say.
+
+    flags (None: not given): size, num_frames, img_size (H, W), patch_size, tubelet_size. Weights of
+    images, which know no time, get a temporal table in a model of several temporal slots.
+    ValueError names the file.
     """
     shape = dict(size="base", num_frames=16, img_size=[224, 224], patch_size=16, tubelet_size=2)
     if init:
@@ -151,139 +212,168 @@ def encoder_shape(init: str | None, **flags) -> dict:
 
 
 def image_parts(init: str | None, **flags) -> dict:
-    """Those arguments of encoder_shape alone that a model needs to take weights of images: a subset of IMAGE_PARTS."""
+    """Those of encoder_shape's arguments that a model needs to take weights of images.
+
+    A subset of IMAGE_PARTS.
+    """
     return {k: v for k, v in encoder_shape(init, **flags).items() if k in IMAGE_PARTS}
 
 
 def build_model(path: str, num_frames: int | None = None, img_size=None, verbose: bool = True):
-    """A weights file of any layout -> (the model it is for, in eval mode, what read_weights tells of it).
+    """A weights file of any layout -> (the model it is for, in eval mode, what read_weights tells).
 
-    VideoMAE where the file has a decoder or only an encoder (its decoder is None then), else VideoClassifier.
-    num_frames and img_size default to those of the file.
+    VideoMAE where the file has a decoder or only an encoder (its decoder is None then), else
+    VideoClassifier. num_frames and img_size default to those of the file.
     """
     state, grid, about = read_weights(path)
     kwargs = encoder_shape(path, num_frames=num_frames, img_size=img_size)
     kwargs |= {k: about[k] for k in ("mean", "std") if k in about}
     if about["pretrained"]:
-        kwargs |= {k: about[k] for k in ("norm_pix_loss", "target", "dec_width", "dec_heads", "joint_norm")
-                   if k in about}
-        model = VideoMAE(dec_depth=max(int(k.split(".")[2]) for k in state if k.startswith("decoder.blocks.")) + 1,
-                         **kwargs)
+        own = ("norm_pix_loss", "target", "dec_width", "dec_heads", "joint_norm")
+        kwargs |= {k: about[k] for k in own if k in about}
+        blocks = [int(k.split(".")[2]) for k in state if k.startswith("decoder.blocks.")]
+        model = VideoMAE(dec_depth=max(blocks) + 1, **kwargs)
     elif "head.weight" in state and "fc_norm.weight" in state:
-        model = VideoClassifier(len(state["head.weight"]), head_norm="head_norm.running_mean" in state, **kwargs)
-    elif "norm.weight" in state:  # an encoder alone, as of pretrain_moco.py, or with another's decoder or head
+        model = VideoClassifier(len(state["head.weight"]),
+                                head_norm="head_norm.running_mean" in state, **kwargs)
+    elif "norm.weight" in state:  # an encoder alone, or with another's decoder or head
         model = VideoMAE(dec_depth=1, **kwargs)
         model.decoder = None
     else:
-        raise ValueError(f"{path}: holds no final norm, no decoder and no classification head; finetune.py --init "
-                         "takes it, detect_ava.py --ckpt a detection checkpoint")
+        raise ValueError(f"{path}: holds no final norm, no decoder and no classification head; "
+                         "finetune.py --init takes it, detect_ava.py --ckpt a detection checkpoint")
     load_pretrained(model, path, verbose)
     return model.eval(), about
 
 
-def load_pretrained(model: nn.Module, path: str, verbose: bool = True) -> dict:
-    """Loads a file (or Hugging Face folder) of any known layout into a VideoMAE or VideoClassifier of any T, H, W.
+def fit(name: str, x: torch.Tensor, y: torch.Tensor, model: nn.Module, about: dict):
+    """A file's tensor x -> as the model has it (y): cubes of images inflated, tables resized."""
+    if name.endswith("patch_embed.proj.weight"):
+        x = x[:, :, None] if x.ndim == 4 else x  # (D, 3, p, p) of an image ViT
+        if x.shape[2] == 1 and y.shape[2] > 1:
+            x = repeat(x, "d c 1 h w -> d c t h w", t=y.shape[2]) / y.shape[2]  # I3D's mean
+    if name.endswith("temporal_pos") and len(x) != len(y):
+        x = F.interpolate(x.T[None], size=len(y), mode="linear", align_corners=False)[0].T
+    if name.endswith("spatial_pos"):
+        own = [n // about["patch_size"] for n in about["img_size"]]
+        x = resize_table(x, own, model.grid[1:])
+    return x
 
-    Position tables are resized from the file's token grid, image patch embeddings repeated over the tubelet and divided
-    by its length; nothing else is changed. A class token and position table are taken where the model has them. Returns
-    {"loaded": [names], "skipped": {name: why}, "new": {name: why}} and prints it. ValueError names the parameter and
-    both shapes where they differ, except for heads, which are skipped and start new.
+
+def load_pretrained(model: nn.Module, path: str, verbose: bool = True) -> dict:
+    """Loads a file or Hugging Face folder of any known layout into a model of any T, H, W.
+
+    Position tables are resized from the file's token grid, image patch embeddings repeated over the
+    tubelet and divided by its length; nothing else is changed. A class token and position table are
+    taken where the model has them. Returns {"loaded": [names], "skipped": {name: why}, "new":
+    {name: why}} and prints it. ValueError names the parameter and both shapes where they differ,
+    except for heads and decoders of another width, which are skipped and start new.
     """
     source, grid, about = read_weights(path)
     want = model.state_dict()
     if isinstance(model, VideoMAE):
-        source = {f"encoder.{k}" if k.startswith(("patch_embed.", "blocks.", "norm.", *IMAGE_PARTS)) else k: v
-                  for k, v in source.items()}
-        if "encoder.norm.weight" in want and "encoder.norm.weight" not in source and "mask_token" in source:
+        inside = ("patch_embed.", "blocks.", "norm.", *IMAGE_PARTS)
+        source = {f"encoder.{k}" if k.startswith(inside) else k: v for k, v in source.items()}
+        norm = "encoder.norm.weight"
+        if norm in want and norm not in source and "mask_token" in source:
             model.encoder.norm = nn.Identity()  # HF files made with use_mean_pooling
             model.config["encoder_norm"] = False
             want = model.state_dict()
     report, fits = dict(loaded=[], skipped={}, new={}), {}
-    if "mask_token" in source and "mask_token" in want and source["mask_token"].shape != want["mask_token"].shape:
-        why = f"a decoder of width {source['mask_token'].shape[2]}, this model's has {want['mask_token'].shape[2]}"
-        others = [k for k in source if k.startswith(("decoder.", "encoder_to_decoder.", "mask_token"))]
-        report["skipped"] = {k: why for k in others}
-        source = {k: v for k, v in source.items() if k not in others}
+    if "mask_token" in source and "mask_token" in want:
+        width, own = source["mask_token"].shape[2], want["mask_token"].shape[2]
+        if width != own:
+            why = f"a decoder of width {width}, this model's has {own}"
+            parts = ("decoder.", "encoder_to_decoder.", "mask_token")
+            report["skipped"] = {k: why for k in source if k.startswith(parts)}
     for name, x in source.items():
+        if name in report["skipped"]:
+            continue
         if name not in want:
             report["skipped"][name] = "no such parameter in this model"
             continue
         y = want[name]
-        if name.endswith("patch_embed.proj.weight"):
-            x = x[:, :, None] if x.ndim == 4 else x  # (D, 3, p, p) of an image ViT
-            if x.shape[2] == 1 and y.shape[2] > 1:
-                x = repeat(x, "d c 1 h w -> d c t h w", t=y.shape[2]) / y.shape[2]  # I3D mean
-        if name.endswith("temporal_pos") and len(x) != len(y):
-            x = F.interpolate(x.T[None], size=len(y), mode="linear", align_corners=False)[0].T
-        if name.endswith("spatial_pos"):
-            x = resize_table(x, [n // about["patch_size"] for n in about["img_size"]], model.grid[1:])
+        x = fit(name, x, y, model, about)
+        differ = f"{tuple(x.shape)} in the file, {tuple(y.shape)} in this model"
         if x.shape == y.shape:
             fits[name] = x
         elif "head." in name or name.startswith("cls_score."):
-            report["skipped"][name] = f"{tuple(x.shape)} in the file, {tuple(y.shape)} in this model"
+            report["skipped"][name] = differ
         else:
-            raise ValueError(f"{path}: {name} is {tuple(x.shape)} in the file, {tuple(y.shape)} in this model: "
-                             "other size, patch_size or tubelet_size?")
+            raise ValueError(f"{path}: {name} is {differ}: other size, patch_size or tubelet_size?")
     model.load_state_dict(fits, strict=False)
     report["loaded"] = list(fits)
-    report["new"] = {k: report["skipped"].get(k, "not in the file") for k in want if k not in fits}
+    new = [k for k in want if k not in fits]
+    report["new"] = {k: report["skipped"].get(k, "not in the file") for k in new}
     model.set_positions(grid)
     if verbose:
-        print(f"{path}: {len(report['loaded'])} tensors loaded; positions made for token grid {tuple(grid)}, model has "
-              f"{model.grid}")
-        for what in ("skipped", "new"):
-            stems = {}
-            for k, why in report[what].items():  # one line per part and reason
-                stems.setdefault((k.split(".")[0], why), []).append(k)
-            for (stem, why), names in stems.items():
-                print(f"  {what}: {names[0] if len(names) == 1 else f'{stem}.* ({len(names)})'}: {why}")
+        print_report(report, path, f"positions made for token grid {tuple(grid)}, "
+                                   f"model has {model.grid}")
     return report
 
 
-def to_hf(model: nn.Module) -> tuple[dict, dict]:
-    """-> (state dict, config.json as a dict) of transformers' VideoMAEForPreTraining or VideoMAEForVideoClassification.
+def print_report(report: dict, path: str, positions: str):
+    """Prints what load_pretrained did, a line per part and reason."""
+    print(f"{path}: {len(report['loaded'])} tensors loaded; {positions}")
+    for what in ("skipped", "new"):
+        stems = {}
+        for name, why in report[what].items():
+            stems.setdefault((name.split(".")[0], why), []).append(name)
+        for (stem, why), names in stems.items():
+            shown = names[0] if len(names) == 1 else f"{stem}.* ({len(names)})"
+            print(f"  {what}: {shown}: {why}")
 
-    transformers fixes eps 1e-5 in decoder.norm and fc_norm where this model has 1e-6: outputs agree to about 1e-4.
+
+# ---- writing ----
+
+def to_hf(model: nn.Module) -> tuple[dict, dict]:
+    """-> (state dict, config.json as a dict) of transformers' VideoMAE for the same task.
+
+    That is VideoMAEForPreTraining or VideoMAEForVideoClassification. transformers fixes eps 1e-5 in
+    decoder.norm and fc_norm where this model has 1e-6: outputs agree to about 1e-4.
     """
-    c, s, pretrain = model.config, SIZES[model.config["size"]], isinstance(model, VideoMAE)
+    c, pretrain = model.config, isinstance(model, VideoMAE)
     lacks = [f"a {part.replace('_', ' ')}" for part in IMAGE_PARTS if c.get(part)]
-    lacks += ["jointly normalised targets (ViC-MAE)"] * bool(c.get("joint_norm"))
-    lacks += [f"target={c.get('target')}"] * (c.get("target", "clip") != "clip")
+    if c.get("joint_norm"):
+        lacks.append("jointly normalised targets (ViC-MAE)")
+    if c.get("target", "clip") != "clip":
+        lacks.append(f"target={c['target']}")
     if c["pos_grid"] != list(model.grid):
         lacks.append(f"positions of {c['pos_grid']} resized to {model.grid}")
     if lacks:
-        raise ValueError(f"transformers' VideoMAE does not know what this model has: {', '.join(lacks)}")
+        raise ValueError("transformers' VideoMAE does not know what this model has: "
+                         + ", ".join(lacks))
     state, weights = {}, model.state_dict()
     if c.get("head_norm"):  # the linear probe's BatchNorm is part of the linear map
-        mean, scale = weights.pop("head_norm.running_mean"), (weights.pop("head_norm.running_var") + 1e-6).rsqrt()
+        mean, var = weights.pop("head_norm.running_mean"), weights.pop("head_norm.running_var")
         del weights["head_norm.num_batches_tracked"]
-        weights["head.weight"] = weights["head.weight"] * scale
+        weights["head.weight"] = weights["head.weight"] * (var + 1e-6).rsqrt()
         weights["head.bias"] = weights["head.bias"] - weights["head.weight"] @ mean
     for name, x in weights.items():
-        name = name.removeprefix("encoder.")
-        for old, new in ((r"^decoder\.blocks\.", "decoder.decoder_layers."), (r"^blocks\.", "videomae.encoder.layer."),
-                         (r"^norm\.", "videomae.layernorm."), (r"^head\.", "classifier."),
-                         (r"^patch_embed\.proj\.", "videomae.embeddings.patch_embeddings.projection."),
-                         (r"\.norm1\.", ".layernorm_before."), (r"\.norm2\.", ".layernorm_after."),
-                         (r"\.mlp\.fc1\.", ".intermediate.dense."), (r"\.mlp\.fc2\.", ".output.dense."),
-                         (r"\.attn\.proj\.", ".attention.output.dense."), (r"\.attn\.", ".attention.attention.")):
-            name = re.sub(old, new, name)
+        name = rename(name, TO_HF)
         if name.endswith(".qkv.weight"):
             for part, w in zip(("query", "key", "value"), x.chunk(3)):
                 state[name.replace("qkv", part)] = w.clone()
         else:
             state[name] = x.clone()
-    H, W = c["img_size"]
+    return state, hf_config(c, pretrain)
+
+
+def hf_config(c: dict, pretrain: bool) -> dict:
+    """A model's config -> transformers'."""
+    s, (H, W) = SIZES[c["size"]], c["img_size"]
     architecture = "VideoMAEForPreTraining" if pretrain else "VideoMAEForVideoClassification"
     config = dict(model_type="videomae", architectures=[architecture],
-                  image_size=H if H == W else [H, W], patch_size=c["patch_size"], num_frames=c["num_frames"],
-                  tubelet_size=c["tubelet_size"], hidden_size=s["width"], num_hidden_layers=s["depth"],
-                  num_attention_heads=s["heads"], intermediate_size=4 * s["width"], layer_norm_eps=1e-6,
+                  image_size=H if H == W else [H, W], patch_size=c["patch_size"],
+                  num_frames=c["num_frames"], tubelet_size=c["tubelet_size"],
+                  hidden_size=s["width"], num_hidden_layers=s["depth"],
+                  num_attention_heads=s["heads"], intermediate_size=4 * s["width"],
+                  layer_norm_eps=1e-6,
                   use_mean_pooling=not (pretrain and c["encoder_norm"]))
     if pretrain:
-        config |= dict(decoder_hidden_size=c["dec_width"], decoder_num_hidden_layers=c["dec_depth"],
-                       decoder_num_attention_heads=c["dec_heads"], decoder_intermediate_size=4 * c["dec_width"],
-                       norm_pix_loss=c["norm_pix_loss"])
-    else:
-        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(c["num_classes"])}
-    return state, config
+        return config | dict(decoder_hidden_size=c["dec_width"],
+                             decoder_num_hidden_layers=c["dec_depth"],
+                             decoder_num_attention_heads=c["dec_heads"],
+                             decoder_intermediate_size=4 * c["dec_width"],
+                             norm_pix_loss=c["norm_pix_loss"])
+    return config | dict(id2label={str(i): f"LABEL_{i}" for i in range(c["num_classes"])})

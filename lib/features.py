@@ -13,8 +13,8 @@ from model import Encoder, VideoClassifier, VideoMAE
 def features(model, video: torch.Tensor, layer: int | None = None, pool: bool = True):
     """(B, T, H, W, C) -> (B, D), the mean over tokens, or all tokens (B, N, D), of `layer` blocks.
 
-    layer 0 is the embedding; None: after the last block and the final norm that the model has, which
-    is on tokens in a pre-trained encoder (encoder.norm, before the mean), on their mean in a
+    layer 0 is the embedding; None: after the last block and the final norm that the model has,
+    which is on tokens in a pre-trained encoder (encoder.norm, before the mean), on their mean in a
     classifier (fc_norm; its unpooled tokens have none).
     """
     pretrained = isinstance(model, VideoMAE)
@@ -44,12 +44,12 @@ def attention_rollout(model: VideoClassifier, video: torch.Tensor) -> torch.Tens
                   for h in range(block.attn.heads))
         maps.append(sum(shares) / block.attn.heads)  # (B, N, N)
         x = block(x)
-    tokens = x.shape[1] - math.prod(model.grid)  # a class token is not pooled
+    extra = x.shape[1] - math.prod(model.grid)  # 1 or 0: a class token is not pooled
     share = torch.ones(len(x), 1, x.shape[1], device=x.device)
-    share[..., :tokens] = 0
+    share[..., :extra] = 0
     for attention in reversed(maps):
         share = 0.5 * share + 0.5 * share @ attention
-    return share[..., tokens:].reshape(-1, *model.grid)
+    return share[..., extra:].reshape(-1, *model.grid)
 
 
 def heat(values: torch.Tensor, frames: np.ndarray) -> np.ndarray:

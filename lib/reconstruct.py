@@ -75,7 +75,7 @@ def panels(model, mask) -> list[str]:
 
 
 def picture(model, video, mask, columns: int = 8) -> tuple[float, np.ndarray]:
-    """-> loss, and an (H, W, 3) uint8 picture: labelled rows per clip, of up to `columns` frames."""
+    """-> loss, and an (H, W, 3) uint8 picture: labelled rows per clip, up to `columns` frames."""
     loss, *videos = reconstruct(model, video, mask)
     if videos[0].shape[1] == 1:  # single frames stand side by side
         videos = [v.transpose(0, 1) for v in videos]

@@ -77,9 +77,9 @@ class TestVideos(torch.utils.data.Dataset):
         return (h * W // w, W) if h * W > H * w else (H, w * H // h)
 
     def clips(self, video: VideoReader, start: float = 0.0, end: float = math.inf):
-        """-> frames (U, h, w, C), index (S, T), of an open video's part from start to end (seconds).
+        """-> frames (U, h, w, C), index (S, T) of the part from start to end of an open video.
 
-        Where no frame begins in that time, the one that is on show.
+        start and end are in seconds; where no frame begins between them, the one that is on show.
         """
         order = data.timeline(video.times, self.fps)
         t = video.times[order] - video.times[0]
@@ -90,7 +90,7 @@ class TestVideos(torch.utils.data.Dataset):
         return self.decode(video, order[index])
 
     def decode(self, video: VideoReader, wanted: np.ndarray):
-        """wanted (S, T) frame indices -> the distinct frames (U, h, w, C), index (S, T) into them."""
+        """wanted (S, T) frame indices -> distinct frames (U, h, w, C), index (S, T) into them."""
         unique, inverse = np.unique(wanted, return_inverse=True)
         frames = torch.from_numpy(video.frames(unique))
         return frames, torch.from_numpy(inverse.reshape(wanted.shape))
