@@ -359,6 +359,33 @@ def to_hf(model: nn.Module) -> tuple[dict, dict]:
     return state, hf_config(c, pretrain)
 
 
+def write_hf(folder: str, model: nn.Module, classes: list[str] | None) -> str:
+    """Writes what transformers' from_pretrained reads: weights, configuration; -> the class.
+
+    The weights are safetensors where that is installed.
+    """
+    state, config = to_hf(model)
+    if classes:
+        config["id2label"] = {str(i): name for i, name in enumerate(classes)}
+        config["label2id"] = {name: i for i, name in enumerate(classes)}
+    os.makedirs(folder, exist_ok=True)
+    try:
+        from safetensors.torch import save_file
+        state = {k: v.contiguous() for k, v in state.items()}
+        save_file(state, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+    except ImportError:
+        torch.save(state, os.path.join(folder, "pytorch_model.bin"))
+    c, (H, W) = model.config, model.config["img_size"]
+    images = dict(image_processor_type="VideoMAEImageProcessor", do_resize=True,
+                  size={"shortest_edge": min(H, W)}, resample=2, do_center_crop=True,
+                  crop_size={"height": H, "width": W}, do_rescale=True, rescale_factor=1 / 255,
+                  do_normalize=True, image_mean=c["mean"], image_std=c["std"])
+    for name, content in (("config.json", config), ("preprocessor_config.json", images)):
+        with open(os.path.join(folder, name), "w") as f:
+            json.dump(content, f, indent=1)
+    return config["architectures"][0]
+
+
 def hf_config(c: dict, pretrain: bool) -> dict:
     """A model's config -> transformers'."""
     s, (H, W) = SIZES[c["size"]], c["img_size"]

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import data
+from lib.views import TestVideos, cut, view_indices
 from model import Encoder, VideoClassifier, VideoMAE
 
 
@@ -26,6 +28,36 @@ def features(model, video: torch.Tensor, layer: int | None = None, pool: bool = 
         if layer is None and isinstance(model, VideoClassifier):
             x = model.fc_norm(x)
     return x
+
+
+def window_features(model, video, videos: TestVideos, hop: float | None, device,
+                    batch_size: int, layer: int | None = None, pool: bool = True):
+    """Features of an open video's sliding windows -> (W, D) or (W, N, D), start and end (W,).
+
+    Windows are clips as `videos` says, `hop` seconds apart (None: no overlap), and cover the end of
+    the video too; of a sparse sampling there is one clip, spread over the whole video. start and
+    end are the times of a window's first and last frame, in seconds.
+    """
+    span, order = videos.num_frames, data.timeline(video.times, videos.fps)
+    if videos.sampling == "sparse":
+        order = order[view_indices(len(order), span, 1, "sparse", 1)[0]]
+    else:
+        order = order[::videos.stride]  # the frames that windows are made of
+    t = video.times[order] - video.times[0]
+    frames_per_hop = span
+    if hop:
+        seconds_per_frame = max(t[-1] / max(len(t) - 1, 1), 1e-9)
+        frames_per_hop = max(1, round(hop / seconds_per_frame))
+    starts = list(range(0, max(len(order) - span, 0) + 1, frames_per_hop))
+    if starts[-1] + span < len(order):
+        starts.append(len(order) - span)
+    starts, found = np.array(starts), []
+    for some in np.array_split(starts, math.ceil(len(starts) / batch_size)):
+        index = np.minimum(some[:, None] + np.arange(span), len(order) - 1)  # (windows, T)
+        frames, where = videos.decode(video, order[index])
+        views = cut(frames.to(device), where.to(device), videos.img_size, 1)
+        found.append(features(model, views, layer, pool).float().cpu().numpy())
+    return np.concatenate(found), t[starts], t[np.minimum(starts + span, len(t)) - 1]
 
 
 @torch.no_grad()

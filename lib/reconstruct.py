@@ -65,26 +65,28 @@ def reconstruct(model, video, mask):
     return loss, back(cubes), back(torch.full_like(cubes, 0.5)), back(own), back(true)
 
 
-def panels(model, mask) -> list[str]:
-    """The labels of what reconstruct returns; a model of raw pixels has one prediction."""
-    labels = ["input", f"masked {mask.float().mean():.0%}"]
-    if not model.norm_pix_loss:
-        return labels + ["prediction"]
-    return labels + ["prediction + mean and contrast of the visible cubes",
-                     "prediction + true mean and contrast (flatters)"]
+def panels(model, video, mask) -> tuple[float, list]:
+    """-> loss, and what reconstruct shows: a label and frames (B, T, H, W, 3) uint8 each.
+
+    A model of raw pixels has one prediction.
+    """
+    loss, *videos = reconstruct(model, video, mask)
+    labels = ["input", f"masked {mask.float().mean():.0%}", "prediction"]
+    if model.norm_pix_loss:
+        labels[2:] = ["prediction + mean and contrast of the visible cubes",
+                      "prediction + true mean and contrast (flatters)"]
+    pictures = [(v * 255).round().byte().cpu().numpy() for v in videos]
+    return loss.item(), list(zip(labels, pictures))
 
 
 def picture(model, video, mask, columns: int = 8) -> tuple[float, np.ndarray]:
-    """-> loss, and an (H, W, 3) uint8 picture: labelled rows per clip, up to `columns` frames."""
-    loss, *videos = reconstruct(model, video, mask)
-    if videos[0].shape[1] == 1:  # single frames stand side by side
-        videos = [v.transpose(0, 1) for v in videos]
-    rows = []
-    for clip in range(len(videos[0])):
-        for label, v in zip(panels(model, mask), videos):
-            frames = (v[clip] * 255).round().byte().cpu().numpy()
-            rows.append(strip(frames, label, columns))
-    return loss.item(), np.concatenate(rows)
+    """-> loss, and an (H, W, 3) uint8 picture: labelled rows of up to `columns` frames per clip."""
+    loss, shown = panels(model, video, mask)
+    if shown[0][1].shape[1] == 1:  # single frames stand side by side
+        shown = [(label, v.swapaxes(0, 1)) for label, v in shown]
+    clips = len(shown[0][1])
+    rows = [strip(v[clip], label, columns) for clip in range(clips) for label, v in shown]
+    return loss, np.concatenate(rows)
 
 
 def draw(model, shown, mask_type: str, mask_ratio: float, path: str, device, autocast,
