@@ -1,4 +1,4 @@
-"""Testing and using a model: multi-view accuracy (VideoMAE, section 4.1), prediction, features, ...
+"""Testing (VideoMAE, section 4.1) and using a model: accuracy, predictions, features, pictures.
 
     python eval.py --toy                                            # the fine-tuned toy model
     torchrun --nproc_per_node=8 eval.py --ckpt out/finetune/best.pt --data k400_val.tsv
