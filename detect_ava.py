@@ -130,7 +130,8 @@ def get_args(argv=None):
     args = p.parse_args(argv)
     only_test = args.score or args.ckpt
     if args.img_size and len(args.img_size) > 2:
-        p.error("--img_size: expected a side, or height and width")
+        sides = " ".join(map(str, args.img_size))
+        p.error(f"--img_size {sides}: expected a side, or height and width")
     if args.video and not args.ckpt:
         p.error("--video needs --ckpt")
     if bool(args.boxes) + args.full_frame != bool(args.video):
@@ -217,16 +218,9 @@ def main():
     # ---- key frames, of the movies that are there
     val_frames = []
     if truth:
-        run.say(f"test, {val_name}: {files.count_rows(truth, val_excluded, class_ids)}")
-        val_boxes, rows = toy_file(args.val_boxes, "val_boxes.csv"), truth
-        if val_boxes:
-            rows = read_test_boxes(val_boxes, truth, val_name, data_root, args.movie_list,
-                                   args.box_score, run.say)
-        else:
-            run.say("no --val_boxes: tested on the annotated boxes, which flatters: "
-                    "published figures are on detected ones")
-        val_frames = with_movies(rows, val_excluded, None, data_root, "test",
-                                 "no detections there, their boxes count as missed", run.say)
+        val_boxes = toy_file(args.val_boxes, "val_boxes.csv")
+        val_frames = test_frames(run, args, truth, val_name, val_excluded, class_ids, val_boxes,
+                                 data_root)
     val_set = TestFrames(val_frames, seconds, short_side, args.movie_start)
 
     def test(progress: bool):
@@ -236,6 +230,7 @@ def main():
         failed = test(True)[1]
         run.close()
         return 1 if failed else 0
+
     run.say(f"training, {' '.join(train_files)}: {files.count_rows(train, excluded, class_ids)}")
     frames = with_movies(train, excluded, class_ids, data_root, "training",
                          "their key frames are left out", run.say)
@@ -303,6 +298,7 @@ def main():
                 run.write("best.pt", **state())
 
     # ---- loop
+    # how many tests were due by a step, without the one at the end
     tests = lambda step: int(run.epoch(step) / args.eval_every) if args.eval_every else 0
     if val_frames and (tests(run.step) > tests(tested) or tested < run.step == run.total_steps):
         validate()  # the run was stopped before this one
@@ -349,6 +345,21 @@ def check_scored(args, scored: dict, names: dict, truth, truth_name: str):
     if truth and not np.isin(truth.id, list(scored)).any():
         raise ValueError(f"{truth_name}: no true box of a scored class; these are "
                          f"{', '.join(named[:5])}")
+
+
+def test_frames(run, args, truth, name: str, excluded: set, class_ids: list, boxes: str | None,
+                data_root: str) -> list:
+    """The key frames of an annotation, called `name`, with the boxes of a file or its own."""
+    run.say(f"test, {name}: {files.count_rows(truth, excluded, class_ids)}")
+    rows = truth
+    if boxes:
+        rows = read_test_boxes(boxes, truth, name, data_root, args.movie_list, args.box_score,
+                               run.say)
+    else:
+        run.say("no --val_boxes: tested on the annotated boxes, which flatters: "
+                "published figures are on detected ones")
+    return with_movies(rows, excluded, None, data_root, "test",
+                       "no detections there, their boxes count as missed", run.say)
 
 
 def look_at(run, args, frames: list, val_frames: list, names: list) -> float:
