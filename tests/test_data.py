@@ -1,0 +1,199 @@
+"""data.py: samplers, crops and the data sets of the stages."""
+
+import os
+import unittest.mock
+
+import numpy as np
+import torch
+
+import data
+import finetune
+import pretrain
+import pretrain_moco
+from lib import feed
+from tests.common import (mistake, numbered, numbers, raises, run, test, tmp, toy_videos,
+                          write)
+from video import decode, lists, pictures
+
+
+@test
+def test_samplers():
+    """Dense, sparse, by-time indices equal hand-computed ones; the start is uniform."""
+    class Low:
+        integers = staticmethod(lambda n: 0)
+        random = staticmethod(lambda n=None: 0.0 if n is None else np.zeros(n))
+    class High:
+        integers = staticmethod(lambda n: n - 1)
+        random = staticmethod(lambda n=None: 0.999 if n is None else np.full(n, 0.999))
+    assert data.sample_dense(Low, 100, 16, 4).tolist() == list(range(0, 64, 4))
+    assert data.sample_dense(High, 100, 16, 4).tolist() == list(range(36, 100, 4))
+    assert data.sample_dense(High, 10, 8, 4).tolist() == [0, 4, 8, 8, 8, 8, 8, 8]
+    assert data.sample_sparse(Low, 32, 4).tolist() == [0, 8, 16, 24]
+    assert data.sample_sparse(High, 32, 4).tolist() == [7, 15, 23, 31]
+    assert data.sample_sparse(High, 2, 4).tolist() == [0, 0, 1, 1]
+    times = np.array([0, 0.1, 0.2, 0.5, 0.6, 1.0]) + 7
+    assert data.sample_by_time(Low, times, 4, 4).tolist() == [0, 2, 3, 4]
+    assert data.sample_by_time(Low, times[:1], 3, 4).tolist() == [0, 0, 0]
+    starts = {int(data.sample_dense(np.random.default_rng(s), 66, 16, 4)[0]) for s in range(100)}
+    assert starts == {0, 1, 2}
+
+
+@test
+def test_finetuning_windows_and_timelines():
+    """Dense indices are 0 4 8 12 17 ... 63; other lengths and rates equal those by hand."""
+    class Low:
+        integers = staticmethod(lambda n: 0)
+    class High:
+        integers = staticmethod(lambda n: n - 1)
+    window = [0, 4, 8, 12, 17, 21, 25, 29, 34, 38, 42, 46, 51, 55, 59, 63]
+    assert data.sample_window(Low, 100, 16, 4).tolist() == window
+    assert data.sample_window(High, 100, 16, 4).tolist() == [36 + i for i in window]
+    assert data.sample_window(Low, 65, 16, 4).tolist() == window
+    assert data.sample_window(Low, 30, 16, 4).tolist() == [0, 5, 10, 15, 20, 25] + 10 * [29]
+    assert data.sample_window(Low, 1, 4, 4).tolist() == [0, 0, 0, 0]
+    times = np.arange(64) / 32 + 5  # 2 s at 32 fps
+    assert data.timeline(times, None).tolist() == list(range(64))
+    assert data.timeline(times, 8).tolist() == list(range(0, 64, 4))
+    # the earlier one of two
+    assert data.timeline(times, 64).tolist() == [i // 2 for i in range(127)]
+    assert data.timeline(np.array([0, 0.1, 0.5, 0.6, 1.0]), 4).tolist() == [0, 1, 2, 3, 4]
+    assert decode.short_side(240, 321, 224) == (224, 299)
+    assert decode.short_side(321, 240, 224) == (299, 224)
+
+
+@test
+def test_crops():
+    """Multi-scale crops lie inside and reach all 13 anchors; crop_resize puts pixels in place."""
+    seen = set()
+    for s in range(2000):
+        y, x, h, w = data.multi_scale_crop(np.random.default_rng(s), 256, 340)
+        assert 0 <= y <= 256 - h and 0 <= x <= 340 - w
+        sides = [256, 224, 192, 168]
+        assert abs(sides.index(h) - sides.index(w)) <= 1
+        if (h, w) == (192, 224):
+            seen.add((y // 16, x // 29))
+    assert seen == {(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2),
+                    (1, 1), (1, 3), (3, 1), (3, 3)}
+    clip = np.random.default_rng(0).integers(0, 255, (2, 20, 30, 3), dtype=np.uint8)
+    assert (data.crop_resize(clip, (3, 5, 8, 10), 8, 10).numpy() == clip[:, 3:11, 5:15]).all()
+    flat = np.repeat(np.repeat(clip[:, ::4, ::4], 4, 1), 4, 2)[:, :20, :28]
+    down = data.crop_resize(flat, (0, 0, 20, 28), 5, 7).numpy().astype(int)
+    blocks = flat.reshape(2, 5, 4, 7, 4, 3)[:, :, 0, :, 0].astype(float)
+    pad = np.pad(blocks, ((0, 0), (1, 1), (1, 1), (0, 0)), "edge")[:, 1:-1, 1:-1]
+    near = ((.125, -1), (.75, 0), (.125, 1))  # antialiased: weights .125 .75 .125 of the neighbours
+    expect = sum(a * b * blocks[:, 2 + i, 3 + j] for a, i in near for b, j in near)
+    assert abs(down[:, 2, 3] - expect).max() <= 1 and pad.shape == blocks.shape
+
+
+@test
+def test_clips_do_not_depend_on_workers():
+    """A step's clips are the same from 0, 1, 2 workers; clips of one decode differ."""
+    paths, _ = lists.read_videos(toy_videos())
+    made = []
+    for workers in (0, 1, 2):
+        ds = data.PretrainClips(paths, 4, (32, 32), 2, repeat_aug=2, flip=True, seed=5)
+        batches = feed.Batches(12, 4, 1, 0, 1, 2, 6, 5)
+        loader = feed.make_loader(ds, batches, workers, torch.device("cpu"))
+        made.append([clips for clips, _ in loader])
+    assert len(made[0]) == 4 and made[0][0].shape == (8, 4, 32, 32, 3)
+    assert made[0][0].dtype == torch.uint8
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*made))
+    assert not torch.equal(made[0][0][0], made[0][0][1])
+
+
+@test
+def test_bad_videos_are_replaced_and_named():
+    """A broken file is named and gives way to another one; ten in a row give None."""
+    paths, _ = lists.read_videos(toy_videos())
+    broken = tmp("broken.mp4")
+    open(broken, "w").write("x")
+    ds = data.PretrainClips(paths + [broken], 4, (32, 32), 1)
+    clip, bad = ds[0, len(paths)]
+    assert [p for p, _ in bad] == [broken] * len(bad) and bad and broken in bad[0][1]
+    assert torch.equal(clip, ds[0, len(paths)][0])
+    assert data.PretrainClips([broken], 4, (32, 32), 1)[0, 0][0] is None
+    out = run("data.py", "check", os.path.dirname(broken), "--full", ok=False, cwd=toy_videos())
+    assert "broken.mp4: cannot be opened" in out
+
+
+@test
+def test_pictures_are_no_clips():
+    """Pictures asked for clips of 16 frames are refused, and what to do with frames is said."""
+    paths = [tmp("frames", label, f"{i:05d}.png") for label in ("left", "right") for i in (1, 2)]
+    for path in paths:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        pictures.write_png(path, np.zeros((32, 32, 3), np.uint8))
+    mixed = [*lists.read_videos(toy_videos())[0], *paths]
+    says = "4 of 16 files are pictures", paths[0], "16 times", "--num_frames 1", "ffmpeg"
+    for make in (lambda p, n: data.PretrainClips(p, n, (32, 32), 1),
+                 lambda p, n: data.FinetuneClips(p, [0] * len(p), n, (32, 32), 1),
+                 lambda p, n: data.ViewPairs(p, [], num_frames=n, img_size=(32, 32))):
+        with raises(*says):
+            make(mixed, 16)
+        make(mixed, 1)
+    stored = [f"{tmp('a_set')}::{path}" for path in paths]
+    with raises("4 of 4 files are pictures", stored[0]):
+        lists.refuse_pictures(stored, 16)
+    lists.refuse_pictures(stored, 1)
+    for script in (pretrain, pretrain_moco, finetune):
+        text = mistake(script, "--data", tmp("frames"), "--size", "tiny", "--device", "cpu",
+                       "--batch_size", 2, "--out_dir", tmp("no_run"))
+        assert "4 of 4 files are pictures" in text and paths[0] in text, text
+
+
+@test
+def test_finetuning_clips():
+    """Labels follow the video that was read; repeated views show the same frames."""
+    folder = toy_videos()
+    paths = sorted(lists.read_videos(folder)[0])
+    broken = tmp("broken_ft.mp4")
+    open(broken, "w").write("x")
+    plain = dict(num_frames=4, img_size=(48, 48), stride=2, rand_aug=(0, 0, 0), crop_area=(1, 1),
+                 crop_aspect=(1, 1), flip=False, erase_prob=0)
+    ids = list(range(len(paths)))
+    ds = data.FinetuneClips(paths + [broken], ids + [99], repeat_aug=2, seed=3, **plain)
+    (clip, labels, boxes), bad = ds[0, len(paths)]
+    assert [p for p, _ in bad] == [broken] * len(bad) and bad and labels[0] == labels[1] != 99
+    with decode.VideoReader(paths[labels[0]]) as video:
+        frames = torch.from_numpy(video.frames(range(len(video))))
+    assert torch.equal(clip[0], clip[1]) and (boxes == 0).all()
+    first = (frames == clip[0, 0]).flatten(1).all(1).nonzero().item()
+    assert torch.equal(clip[0], frames[first + torch.tensor([0, 2, 5, 7])])
+    full = data.FinetuneClips(paths, ids, 4, (32, 32), 2, repeat_aug=2, seed=3)
+    batches = feed.Batches(12, 4, 1, 0, 1, 0, 4, 3)
+    loaders = [feed.make_loader(full, batches, n, torch.device("cpu")) for n in (0, 2)]
+    for (a, _), (b, _) in zip(*loaders, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b)) and a[0].shape == (8, 4, 32, 32, 3)
+        assert a[1].tolist()[::2] == a[1].tolist()[1::2] and not torch.equal(a[0][0], a[0][1])
+    small_side = data.FinetuneClips(paths, [0] * 12, max_side=20).reduced
+    assert small_side(40, 60) == (20, 30) and small_side(18, 60) == (18, 60)
+
+
+@test
+def test_view_pairs():
+    """Frames `gap` apart on average, of pictures the same twice; batches hold both kinds."""
+    square = write("pairs.mp4", numbered(40, 96, 96), g=12)
+    pairs = data.ViewPairs([square], [square], gap=8, img_size=(96, 96), area=(1, 1),
+                           image_area=(1, 1), image_color=False)
+    plain = unittest.mock.patch.object(data, "view", lambda rng, clip, *a, **k: clip)
+    with plain:
+        load = lambda seed: pairs.load(0, np.random.default_rng(seed), False)[:, 0]
+        first, second = zip(*(numbers(load(seed).numpy()) for seed in range(300)))
+        gaps = np.array(second).astype(int) - np.array(first)
+        assert gaps.min() >= 1 and gaps.max() <= 15 and abs(gaps.mean() - 8) < 0.6
+        same = data.ViewPairs([square], [], gap=0, img_size=(96, 96))
+        for pair, is_image in ((pairs, True), (same, False)):
+            a, b = numbers(pair.load(0, np.random.default_rng(1), is_image)[:, 0].numpy())
+            assert a == b
+        clips = data.ViewPairs([square], [], num_frames=4, stride=3, img_size=(96, 96))
+        views = clips.load(0, np.random.default_rng(0), False)
+        starts = [numbers(v.numpy()) for v in views]
+        assert all((np.diff(s.astype(int)) == 3).all() for s in starts)
+        assert starts[0][0] != starts[1][0]
+    streams = [feed.Batches(n, size, 1, 0, 1, 0, 4, 0) for n, size in ((10, 3), (7, 2))]
+    for batch in feed.MixedBatches(*streams):
+        assert [key[2] for key in batch] == [False] * 3 + [True] * 2
+    item, bad = pairs[0, 0, False]
+    assert item.shape == (1, 2, 1, 96, 96, 3) and not bad
+    broken = data.ViewPairs(["nowhere.mp4"], [])
+    assert broken[0, 0, False][0] is None and len(broken[0, 0, False][1]) == 10

@@ -1,0 +1,317 @@
+"""eval.py, and of lib/: views, features."""
+
+import csv
+import functools
+import importlib
+import json
+import math
+import os
+
+import av
+import numpy as np
+import torch
+
+import weights
+from lib.features import attention_rollout, features, heat, neighbours, ridge
+from lib.views import TestVideos, cut, scores, view_indices
+from model import VideoClassifier
+from tests.common import call, mistake, run, small, test, tmp
+from video import decode, lists, pictures, toy
+
+evaluate = importlib.import_module("eval")  # `import eval` would hide the builtin
+
+
+# ---------------------------------------------------------------- lib/views.py
+
+@test
+def test_views():
+    """K400's and SSv2's clips, and the crops along the long side, equal hand-computed ones."""
+    k400 = view_indices(300, 16, 4, "dense", 5)  # 75 frames at stride 4, 59 to spare
+    assert k400[:, 0].tolist() == [4 * s for s in (0, 14, 29, 44, 59)]
+    assert (np.diff(k400) == 4).all()
+    assert view_indices(300, 16, 4, "dense", 1)[0].tolist() == list(range(4 * 29, 4 * 45, 4))
+    assert view_indices(10, 4, 4, "dense", 2).tolist() == [[0, 4, 8, 8]] * 2
+    ssv2 = view_indices(40, 16, 2, "sparse", 2)
+    assert ssv2[0].tolist() == [int(2.5 * k) for k in range(16)]
+    assert ssv2[1].tolist() == [int(1.25 + 2.5 * k) for k in range(16)]
+    frames = torch.arange(2 * 4 * 11).view(2, 4, 11, 1)
+    views = cut(frames, torch.tensor([[0, 1], [1, 1]]), (4, 4), 3)
+    assert views.shape == (6, 2, 4, 4, 1)
+    for v, (clip, left) in enumerate(((0, 0), (0, 3), (0, 7), (1, 0), (1, 3), (1, 7))):
+        assert torch.equal(views[v, 0], frames[clip, :, left:left + 4]), v
+        assert torch.equal(views[v, 1], frames[1, :, left:left + 4]), v
+    tall = cut(frames.transpose(1, 2), torch.tensor([[0, 1]]), (4, 4), 1)
+    assert torch.equal(tall[0, 0], frames.transpose(1, 2)[0, 3:7])
+    fit = TestVideos([], 4, (24, 16)).fit
+    assert fit(30, 40) == (24, 32) and fit(100, 40) == (40, 16) and fit(24, 16) == (24, 16)
+    assert fit(3, 2) == (24, 16)
+
+
+@test
+def test_scores():
+    """Top-1, top-5, per-class accuracy, loss of a hand-made case; ties are ordered as argmax's."""
+    p = np.array([[0.5, 0.3, 0.2, 0, 0, 0], [0.1, 0.1, 0.2, 0.2, 0.2, 0.2],
+                  [0.4, 0.1, 0.1, 0.1, 0.1, 0.2], [0.2, 0.2, 0.2, 0.2, 0.1, 0.1]])
+    result = scores(p, np.array([0, 2, 4, 1]))
+    assert result["top1"] == 50 and result["top5"] == 75 and result["per_class"] == 50
+    assert abs(result["loss"] + np.log([0.5, 0.2, 0.1, 0.2]).mean()) < 1e-12
+    assert scores(p, np.array([0, 2, 0, 0]))["per_class"] == 100
+    assert abs(scores(p, np.array([0, 3, 0, 0]))["per_class"] - 50) < 1e-12
+
+
+def slow_views(path, num_frames, stride, size, num_segments, num_crops):
+    """Every frame decoded by plain PyAV, resized whole, indexed: (segments * crops, T, S, S, 3)."""
+    with av.open(path) as container:
+        frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+    h, w = frames[0].shape[:2]
+    h, w = (size, int(w * size / h)) if h <= w else (int(h * size / w), size)
+    frames = [decode.resize(torch.from_numpy(f)[None], h, w)[0].numpy() for f in frames]
+    frames = np.stack(frames)[::stride]
+    step, views = max((len(frames) - num_frames) / (num_segments - 1), 0), []
+    while len(frames) < num_frames:
+        frames = np.concatenate([frames, frames[-1:]])
+    for s in range(num_segments):
+        for c in range(num_crops):
+            y, x = (int(c * (n - size) / (num_crops - 1)) if n > size else 0 for n in (h, w))
+            views.append(frames[int(s * step):int(s * step) + num_frames, y:y + size, x:x + size])
+    return np.stack(views)
+
+
+@functools.cache
+def classified():
+    """A classifier with a large random head, its checkpoint, a list of 7 videos, one broken."""
+    torch.manual_seed(0)
+    model = VideoClassifier(3, size="tiny", num_frames=4, img_size=32, patch_size=8)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        model.head.weight.mul_(20)
+    ckpt = tmp("classifier.pt")
+    torch.save(dict(model=model.state_dict(), config=model.config, classes=["a", "b", "c"],
+                    args=dict(sampling="dense", sampling_rate=3, fps=None)), ckpt)
+    folder, rows = tmp("seven"), []
+    os.makedirs(folder)
+    for i in range(6):
+        rows.append(f"{folder}/{i}.mp4\t{'abc'[i % 3]}")
+        clip = toy.toy_clip(np.random.default_rng(i), i, 10 + 7 * i, 64)
+        clip = clip[:, :40 + 4 * i, :64 - 2 * i]
+        pictures.write_video(f"{folder}/{i}.mp4", clip, g=8, bf=2)
+    rows.insert(3, f"{folder}/broken.mp4\tb")
+    open(f"{folder}/broken.mp4", "w").write("x")
+    listed = tmp("seven.tsv")
+    open(listed, "w").write("\n".join(rows))
+    return model.eval(), ckpt, listed
+
+
+# ---------------------------------------------------------------- lib/features.py
+
+@test
+def test_neighbours():
+    """k-NN votes equal a loop over centred cosines; the linear map is the least squares one."""
+    rng = np.random.default_rng(0)
+    train, labels = rng.normal(size=(20, 6)) + 3, rng.integers(0, 4, 20)
+    test_x = rng.normal(size=(7, 6)) + 3
+    votes = neighbours(train, labels, test_x, 5, 4)
+    for x, vote in zip(test_x, votes):
+        a, expect = x - train.mean(0), np.zeros(4)
+        cosine = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in train - train.mean(0)]
+        for i in sorted(range(20), key=lambda i: -cosine[i])[:5]:
+            expect[labels[i]] += math.exp((cosine[i] - 1) / 0.07)
+        assert np.allclose(vote, expect)
+    x, test_z = ((a - train.mean(0)) / (train.std(0) + 1e-6) for a in (train, test_x))
+    y = np.eye(4)[labels] - np.eye(4)[labels].mean(0)
+    # the penalty 0.01 * 20 as six more rows of a least squares
+    x, y = np.vstack([x, np.sqrt(0.2) * np.eye(6)]), np.vstack([y, np.zeros((6, 4))])
+    w = np.linalg.lstsq(x, y, rcond=None)[0]
+    found = ridge(train, labels, test_x, 4)
+    assert np.allclose(found, test_z @ w + np.eye(4)[labels].mean(0))
+    assert np.abs(w).max() > 0.05
+    _, ckpt, listed = classified()
+    text = call(evaluate, "--ckpt", ckpt, "--knn", listed, "--data", listed, "--k", 1, 3,
+                "--out_dir", tmp("knn"), "--num_workers", 0)
+    assert "k = 1: top-1 100.00" in text and "ridge regression: top-1" in text
+    assert "1 of 7 videos could not be read" in text
+
+
+@test
+def test_attention_rollout():
+    """Shares equal a float64 product of (A + I)/2, average 1; uniform attention gives ones."""
+    model, _, listed = classified()
+    video = torch.from_numpy(slow_views(lists.read_videos(listed)[0][-1], 4, 3, 32, 2, 2))[:1]
+    share = attention_rollout(model, video)
+    with torch.no_grad():
+        x, total = model.embed(video)[0].double(), torch.eye(32, dtype=torch.float64)
+        for block in model.blocks:
+            block.double()
+            qkv = block.norm1(x) @ block.attn.qkv.weight.T
+            q, k, _ = qkv.view(32, 3, 4, 32).permute(1, 2, 0, 3)
+            q = q + block.attn.q_bias.view(4, 1, 32)
+            a = (q @ k.mT / 32 ** 0.5).softmax(-1).mean(0)
+            total, x = (a + torch.eye(32)) / 2 @ total, block(x[None])[0]
+            block.float()
+    assert share.shape == (1, 2, 4, 4) and abs(share.mean() - 1) < 1e-5
+    assert (share.flatten() - 32 * total.mean(0)).abs().max() < 1e-4 and share.std() > 0.01
+    flat = VideoClassifier(3, size="tiny", num_frames=4, img_size=32, patch_size=8)
+    for block in flat.blocks:
+        block.attn.qkv.weight.data.zero_()
+    assert torch.allclose(attention_rollout(flat, video), torch.ones(1, 2, 4, 4), atol=1e-5)
+
+
+# ---------------------------------------------------------------- eval.py
+
+@test
+def test_multi_view_probabilities_equal_a_slow_reference():
+    """4 clips x 3 crops: probabilities are the mean softmax over views cut by plain decoding."""
+    model, ckpt, listed = classified()
+    out = tmp("mv")
+    text = call(evaluate, "--ckpt", ckpt, "--data", listed, "--num_segments", 4, "--num_crops", 3,
+                "--dtype", "fp32", "--out_dir", out, "--num_workers", 1, "--batch_size", 5)
+    rows = list(csv.DictReader(open(os.path.join(out, "predictions.csv"))))
+    assert [r["path"] for r in rows] == lists.read_videos(listed)[0] and rows[3]["failed"]
+    assert not rows[3]["predicted"]
+    assert "1 of 7 videos could not be read" in text and "broken.mp4" in text
+    right = 0
+    for row in rows[:3] + rows[4:]:
+        views = torch.from_numpy(slow_views(row["path"], 4, 3, 32, 4, 3))
+        with torch.no_grad():
+            p = model(views).softmax(-1).mean(0)
+        label = "abc".index(row["label"])
+        assert abs(p[label] - float(row["probability_of_label"])) < 1e-5, (row, p)
+        assert row["predicted"] == "abc"[p.argmax()]
+        assert int(row["place_of_label"]) == 1 + int((p > p[label]).sum())
+        right += int(p.argmax() == label)
+    result = json.load(open(os.path.join(out, "result.json")))
+    assert abs(result["top1"] - 100 * right / 6) < 1e-9 and result["failed"] == 1
+    assert result["videos"] == 6
+    assert f"top-1 is {100 * right / 7:.2f}" in text
+
+
+@test
+def test_ranks_give_the_same_figures():
+    """7 videos (one broken) on 1, 2 and 3 ranks: the same predictions.csv, every video once."""
+    _, ckpt, listed = classified()
+    tables = []
+    for ranks in (None, 2, 3):
+        out = tmp(f"ranks_{ranks}")
+        run("eval.py", "--ckpt", ckpt, "--data", listed, "--num_segments", 2, "--dtype", "fp32",
+            "--out_dir", out, "--num_workers", 0, ranks=ranks)
+        tables.append((open(os.path.join(out, "predictions.csv")).read(),
+                       open(os.path.join(out, "result.json")).read()))
+    assert tables[0] == tables[1] == tables[2] and tables[0][0].count("\n") == 8
+
+
+@test
+def test_predict_and_windows():
+    """--predict gives the middle clip's probabilities; windows see only their own frames."""
+    model, ckpt, listed = classified()
+    path = lists.read_videos(listed)[0][-1]  # 45 frames at 25 fps
+    base = ["--ckpt", ckpt, "--dtype", "fp32", "--out_dir", tmp("pr"), "--predict", path]
+    found = json.loads(call(evaluate, *base, "--json", "--top", 3))
+    views = torch.from_numpy(slow_views(path, 4, 3, 32, 3, 3))[4:5]  # the middle one of three
+    with torch.no_grad():
+        p = model(views).softmax(-1)[0]
+    classes = found[0]["classes"]
+    assert [c["name"] for c in classes] == ["abc"[i] for i in p.argsort(descending=True)]
+    assert all(abs(c["probability"] - p["abc".index(c["name"])]) < 1e-5 for c in classes)
+    windows = json.loads(call(evaluate, *base, "--json", "--window", 0.6))
+    assert [(w["start"], w["end"]) for w in windows] == [(0, 0.6), (0.6, 1.2), (1.2, 1.76)]
+    middle = TestVideos([], 4, (32, 32), 3)
+    with decode.VideoReader(path, middle.fit) as video:
+        # frames 0..14, 30..44, all
+        for start, end, first in ((0, 0.6, 0), (1.2, 1.8, 30), (0, 9, 15)):
+            frames, index = middle.clips(video, start, end)
+            assert (frames[index[0]].numpy() == video.frames(range(first, first + 12, 3))).all()
+    assert "a " in call(evaluate, *base)
+    assert " to " in call(evaluate, *base, "--window", 1, "--hop", 0.5)
+
+
+@test
+def test_features():
+    """Windows cover the video; pooled, per token and per layer features equal the model's own."""
+    model, ckpt, listed = classified()
+    path = lists.read_videos(listed)[0][-1]
+    out = tmp("fe")
+    base = ["--ckpt", ckpt, "--dtype", "fp32", "--features", path, "--out_dir", out]
+    call(evaluate, *base, "--batch_size", 2)
+    name = os.path.join(out, "00000_5.npz")
+    found = dict(np.load(name))
+    # 15 frames at stride 3: windows at 0, 4, 8 and the last 4
+    assert np.allclose(found["start"], np.array([0, 12, 24, 33]) / 25, atol=1e-4)
+    assert np.allclose(found["end"], np.array([9, 21, 33, 42]) / 25, atol=1e-4)
+    views = torch.from_numpy(slow_views(path, 4, 3, 32, 12, 3))[1::3][[0, 4, 8, 11]]
+    with torch.no_grad():
+        x = model.embed(views)
+        tokens = [x := block(x) for block in model.blocks]
+        assert abs(found["features"] - model.fc_norm(tokens[-1].mean(1)).numpy()).max() < 1e-4
+        call(evaluate, *base, "--no-pool", "--layer", 2)
+        assert abs(np.load(name)["features"] - tokens[1].numpy()).max() < 1e-4
+        call(evaluate, *base, "--hop", 0.12)
+        assert len(np.load(name)["features"]) == 12
+        pre = small(num_frames=4, img_size=32).eval()
+        wanted = pre.encoder.norm(pre.encoder(views)).mean(1)
+        assert torch.allclose(features(pre, views), wanted, atol=1e-5)
+
+
+@test
+def test_pictures_and_export():
+    """--reconstruct, --attention, --mp4 show the clip; --export_hf loads to the same logits."""
+    model, ckpt, listed = classified()
+    path, out = lists.read_videos(listed)[0][-1], tmp("draw")
+    pre = small(num_frames=4, img_size=32)
+    pre_ckpt = tmp("pre.pt")
+    args = dict(sampling_rate=3)
+    state = dict(model=pre.state_dict(), config=pre.config, classes=None, args=args)
+    torch.save(state, pre_ckpt)
+    text = call(evaluate, "--ckpt", pre_ckpt, "--reconstruct", path, "--mask_ratio", 0.5, 0.75,
+                "--mp4", "--out_dir", out)
+    assert text.count("loss ") == 2 and "flatters" in text
+    with decode.VideoReader(os.path.join(out, "00000_5_reconstruct.mp4")) as video:
+        assert video.frames([0]).shape == (1, 224, 7 * 224, 3) and len(video) == 4
+    call(evaluate, "--ckpt", ckpt, "--attention", path, "--out_dir", out)
+    with decode.VideoReader(os.path.join(out, "00000_5_attention.png")) as picture:
+        image = picture.frames([0])[0]
+    first = slow_views(path, 4, 3, 32, 3, 3)[4, 0]
+    zoomed = first.repeat(3, 0).repeat(3, 1)
+    assert (image[14:14 + 96, :96] == zoomed).all()
+    assert (image[14 + 98 + 14:][:96, :96] != zoomed).any()
+    values = torch.zeros(1, 2, 2)
+    values[0, 0, 0] = 1
+    colors = heat(values, np.zeros((2, 4, 4, 3), np.uint8))[0]
+    # red high, blue low
+    assert colors[0, 0, 0] > colors[0, 0, 2] and colors[3, 3, 2] > colors[3, 3, 0]
+    folder = tmp("hf")
+    call(evaluate, "--ckpt", ckpt, "--export_hf", folder)
+    again, about = weights.build_model(folder, verbose=False)
+    views = torch.from_numpy(slow_views(path, 4, 3, 32, 2, 2))
+    with torch.no_grad():
+        assert torch.equal(again(views), model(views)) and about["classes"] == ["a", "b", "c"]
+        shape = dict(size="tiny", num_frames=4, img_size=32, patch_size=8)
+        probe = VideoClassifier(3, head_norm=True, **shape)
+        probe.head.weight.mul_(1000)
+        for _ in range(9):
+            probe(views)  # moves the BatchNorm's statistics
+        plain = VideoClassifier(3, **shape).eval()
+        torch.save(weights.to_hf(probe)[0], os.path.join(folder, "x.bin"))
+        weights.load_pretrained(plain, os.path.join(folder, "x.bin"), verbose=False)
+        assert torch.allclose(plain(views), probe.eval()(views), atol=1e-4, rtol=1e-4)
+    assert weights.build_model(pre_ckpt, verbose=False)[0].config == pre.config
+
+
+@test
+def test_eval_mistakes():
+    """Impossible requests of eval.py: the value and what is allowed are named, no traceback."""
+    _, ckpt, listed = classified()
+    for args, words in (
+            ([], ["--data"]),
+            (["--data", "nowhere"], ["nowhere"]),
+            (["--predict", "x.mp4"], ["x.mp4"]),
+            (["--reconstruct", listed], ["classifier", "no decoder"]),
+            (["--window", 2], ["--window"]),
+            (["--data", listed, "--num_crops", 0], ["--num_crops 0"]),
+            (["--features", listed, "--layer", 9], ["--layer 9", "0 to 4"])):
+        text = mistake(evaluate, "--ckpt", ckpt, *args)
+        assert all(w in text for w in words), text
+    bad = tmp("unknown.tsv")
+    open(bad, "w").write(open(listed).read().replace("\ta", "\tzebra"))
+    text = run("eval.py", "--ckpt", ckpt, "--data", bad, ok=False)
+    assert "zebra" in text and "a, b, c" in text and "Traceback" not in text

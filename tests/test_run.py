@@ -1,0 +1,526 @@
+"""lib/process.py, lib/optim.py, lib/run.py, and what every stage has to do: a table of stages."""
+
+import ast
+import functools
+import importlib
+import os
+import random
+import re
+import shutil
+import signal
+import unittest.mock
+
+import torch
+
+import finetune
+import pretrain
+import weights
+from lib.optim import lr_at
+from lib.process import best_dtype
+from lib.run import Run
+from tests.common import (DETECT, HERE, TUNE, as_script, ava_data, call, checkpoint, children,
+                          difference, kill_tree, log_rows, mistake, run, start, test, test_each,
+                          tmp, toy_videos, tune_data)
+
+
+# ---------------------------------------------------------------- the table of stages
+
+TINY = """--size tiny --patch_size 8 --img_size 16 --dtype fp32 --max_steps 6 --lr 0.02
+    --log_every 1 --epochs 4 --warmup_epochs 1 --num_workers 0 --device cpu""".split()
+CONTRAST = [*TINY, *"--proj_width 32 --proj_dim 8 --batch_size 8".split()]
+
+# A fork's stage gets all the tests of this file by a row of its own:
+# flags    a run of 6 steps, with all that is drawn at random
+# data     a function that gives the flags of the data
+# plain    flags that turn off what is drawn per rank
+# close    the largest difference of weights on 2 ranks, and of figures in log.jsonl
+# accum    whether accumulation equals a bigger batch; if not: what --resume says has changed
+# model    a flag that makes it another model, and how the message names it
+# writes   what a run of one step leaves in out_dir, beside last.pt and log.jsonl
+# wrong    more flags that are refused, and words of the message
+STAGES = {
+    "pretrain.py": dict(
+        flags=[*TINY, *"--num_frames 4 --sampling_rate 1 --mask_ratio 0.5 --batch_size 4".split()],
+        data=lambda: ["--data", toy_videos()],
+        plain="",
+        close=(2e-5, dict(loss=1e-5, lr=0)),
+        accum=True,
+        model=("--decoder_depth 1", "decoder_depth None -> 1"),
+        writes={"vis_0000001.png"},
+        wrong=[("--mask_ratio 1.2", "mask_ratio", "1.2"), ("--img_size 20", "img_size=20")]),
+    "pretrain_vicmae.py": dict(
+        flags=[*CONTRAST, *"""--decoder_depth 1 --decoder_width 96 --decoder_heads 3 --gap_frames 4
+            --mask_ratio 0.5 --con_weight 1 --con_ramp 1""".split()],
+        data=lambda: ["--data", toy_videos(), "--images", toy_videos()],
+        plain="",
+        close=(5e-5, dict(loss=1e-4, chance=0)),
+        accum="contrasted 8 -> 4",  # other negatives: not the same run
+        model=("--decoder_depth 2", "decoder_depth 1 -> 2"),
+        writes={"vis_0000001.png"},
+        wrong=[("--mask_ratio 0", "mask_ratio"), ("--decoder_width 97", "--decoder_width 97")]),
+    "pretrain_moco.py": dict(
+        flags=[*CONTRAST, *"--num_frames 4 --sampling_rate 1".split()],
+        data=lambda: ["--data", toy_videos()],
+        plain="",
+        close=(5e-5, dict(loss=1e-4, chance=0)),
+        accum="contrasted 8 -> 4",
+        model=("--proj_dim 4", "proj_dim 8 -> 4"),
+        writes=set(),
+        wrong=[("--momentum 1.5", "--momentum 1.5"), ("--temperature 0", "--temperature 0")]),
+    "finetune.py": dict(
+        flags=[*TUNE, *"--drop_path 0.3 --head_dropout 0.3 --ema 0.8 --repeat_aug 2".split()],
+        data=tune_data,
+        plain="""--mixup 0 --cutmix 0 --drop_path 0 --reprob 0 --head_dropout 0 --ema 0
+            --repeat_aug 1""",
+        close=(2e-5, dict(loss=1e-4, val_top1=1e-4, val_loss=1e-4, val_videos=0)),
+        accum=True,
+        model=("--tubelet_size 1", "tubelet_size None -> 1"),
+        writes={"best.pt"},
+        wrong=[("--drop_path 1", "--drop_path 1"), ("--smoothing 1", "--smoothing 1")]),
+    "detect_ava.py": dict(
+        flags=[*DETECT, "--drop_path", "0.3"],
+        data=ava_data,
+        plain="--drop_path 0",
+        close=(2e-5, dict(loss=1e-5)),
+        accum=True,
+        model=("--tubelet_size 1", "tubelet_size None -> 1"),
+        writes={"detections.csv"},
+        wrong=[("--drop_path 1", "--drop_path 1"), ("--box_score 2", "--box_score 2")]),
+}
+CLOCKS = ("clips_per_s", "waiting", "memory_gb", "seconds_left")  # of a row in log.jsonl
+
+
+def main_of(script):
+    """The module of a script."""
+    return importlib.import_module(script.removesuffix(".py"))
+
+
+def stage_args(script, out, *more):
+    """The flags of a run of a few steps in the folder `out`; later ones win."""
+    stage = STAGES[script]
+    return [*stage["flags"], *stage["data"](), "--out_dir", out, *more]
+
+
+def batch_size(script):
+    """That of these flags."""
+    flags = STAGES[script]["flags"]
+    return int(flags[flags.index("--batch_size") + 1])
+
+
+@functools.cache
+def whole(script):
+    """The folder of a run that nothing interrupts."""
+    out = tmp(f"whole_{script}")
+    call(main_of(script), *stage_args(script, out))
+    return out
+
+
+@functools.cache
+def killed(script, ranks=None):
+    """The folder of a run that SIGKILL has ended after 3 to 5 of 6 steps."""
+    out, last_step = tmp(f"killed_{script}_{ranks}"), random.randint(3, 5)
+    size = batch_size(script) // (ranks or 1)
+    process = start(script, *stage_args(script, out, "--save_every", 2, "--num_workers", 2,
+                                        "--batch_size", size), ranks=ranks)
+    for line in process.stdout:
+        if line.startswith(f"step {last_step}/"):
+            kill_tree(process.pid)
+            break
+    text = process.communicate()[0]
+    assert os.path.exists(os.path.join(out, "last.pt")), text
+    return out
+
+
+def copied(folder, name):
+    """A copy of a run's folder, to go on in or to spoil."""
+    return shutil.copytree(folder, tmp(name))
+
+
+def files(folder):
+    """{path: bytes} of all files of a folder."""
+    found = {}
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(where, name), "rb") as f:
+                found[os.path.relpath(f.name, folder)] = f.read()
+    return found
+
+
+def results(folder):
+    """{file: content} of a run, without what the clock says and where and how often it saved."""
+    found = files(folder)
+    for name in found:
+        if name.endswith(".pt"):
+            found[name] = checkpoint(folder, name)
+            for flag in ("out_dir", "num_workers", "save_every"):
+                del found[name]["args"][flag]
+    rows = log_rows(folder)
+    found["log.jsonl"] = [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]
+    return found
+
+
+def assert_same(a, b, where):
+    """Two nested things are the same to the last bit; if not, the first that differs is named."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), f"{where}: {a.keys() ^ b.keys()} in one of them only"
+        for key in a:
+            assert_same(a[key], b[key], f"{where} {key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), f"{where}: {len(a)} and {len(b)} of them"
+        for i, pair in enumerate(zip(a, b)):
+            assert_same(*pair, f"{where} {i}")
+    elif torch.is_tensor(a):
+        assert torch.equal(a, b), f"{where}: a difference of up to {(a - b).abs().max()}"
+    else:
+        assert a == b, f"{where}: {str(a)[:80]} and {str(b)[:80]}"
+
+
+# ---------------------------------------------------------------- lib/process.py, lib/optim.py
+
+@test
+def test_default_dtype():
+    """--dtype is bf16 where the hardware has it: AVX-512 on an x86 CPU, Ampere on a GPU."""
+    name, about = best_dtype(torch.device("cpu")), ""
+    if os.path.exists("/proc/cpuinfo"):
+        about = open("/proc/cpuinfo").read().split()
+    if "avx2" in about:
+        assert name == ("bf16" if "avx512bw" in about else "fp32"), name
+    before_ampere = lambda including_emulation: False
+    with unittest.mock.patch.object(torch.cuda, "is_bf16_supported", before_ampere):
+        assert best_dtype(torch.device("cuda")) == "fp16"
+
+
+@test
+def test_lr_schedule():
+    """0 at first, the peak after the warm-up, half way in the middle, the floor at the end."""
+    lr = [lr_at(s, 1.0, 0.1, 10, 110) for s in range(111)]
+    assert lr[0] == 0 and lr[5] == 0.5 and lr[10] == 1
+    assert abs(lr[60] - 0.55) < 1e-12 and abs(lr[110] - 0.1) < 1e-12
+    assert lr[:11] == sorted(lr[:11]) and lr[10:] == sorted(lr[10:], reverse=True)
+
+
+@test
+def test_nonfinite_steps_are_skipped_on_the_device():
+    """The fused AdamW leaves weights and moments alone when found_inf is set."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([p], lr=0.1, fused=True)
+    p.grad = torch.ones(3)
+    optimizer.found_inf = torch.zeros(())
+    optimizer.step()
+    before, state = p.detach().clone(), {k: v.clone() for k, v in optimizer.state[p].items()}
+    p.grad = torch.full((3,), float("nan"))
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert torch.equal(p, before)
+    assert all(torch.equal(v, state[k]) for k, v in optimizer.state[p].items())
+
+
+# ---------------------------------------------------------------- lib/run.py
+
+@test
+def test_any_optimizer_skips_nonfinite_steps():
+    """One NaN gradient under fused and unfused optimisers: the step is left out and counted."""
+    fused = functools.partial(torch.optim.AdamW, fused=True)
+    unfused = functools.partial(torch.optim.AdamW, foreach=True)
+    for n, make in enumerate((fused, unfused, torch.optim.NAdam, torch.optim.SGD)):
+        out = tmp(f"optimizer_{n}")
+        args = pretrain.get_args([*map(str, TINY), "--max_steps", "3", "--out_dir", out])
+        with as_script(pretrain):
+            stage = Run(args)
+            stage.plan(4)
+            stage.resume({})
+            model = torch.nn.Linear(3, 1)
+            stage.start(model, make(model.parameters(), lr=0.1), [None] * 4)
+            for step in stage.steps():
+                before = {k: v.clone() for k, v in model.state_dict().items()}
+                model(torch.ones(2, 3)).sum().backward()
+                if step == 1:
+                    model.weight.grad[0, 0] = float("nan")
+                stage.update()
+                change = difference(before, model.state_dict())
+                assert change == 0 if step == 1 else change > 0.01, (make, step, change)
+                assert int(stage.skipped) == (step > 0)
+            stage.save(model=model.state_dict(), config={})
+        state = checkpoint(out)
+        tensors = [x for x in torch.utils._pytree.tree_leaves(state) if torch.is_tensor(x)]
+        assert len(tensors) >= 2 and all(torch.isfinite(x).all() for x in tensors), make
+
+
+@test
+def test_nonfinite_runs_stop_and_keep_their_checkpoint():
+    """Steps with NaN gradients are skipped and counted; 20 in a row stop the run and say where."""
+    out = tmp("nan")
+    text = run("pretrain.py", *stage_args("pretrain.py", out, "--lr", 1e9, "--max_steps", 40,
+                                          "--save_every", 1), ok=False)
+    assert "20 steps in a row with a non-finite gradient, at step" in text and "lr " in text
+    assert "Traceback" not in text
+    rows = log_rows(out)
+    assert any(row["loss"] is None for row in rows) and not any(row["loss"] == 0 for row in rows)
+    assert rows[0]["skipped_steps"] == 0 and rows[-1]["skipped_steps"] >= 20
+    assert all(torch.isfinite(v).all() for v in checkpoint(out)["model"].values())
+
+
+@test_each(STAGES)
+def test_killed_and_resumed_is_bit_identical(script):
+    """SIGKILL at a random step, resume with other workers: every file as if nothing had been."""
+    out = copied(killed(script), f"again_{script}")
+    text = call(main_of(script), *stage_args(script, out, "--num_workers", 1))
+    assert "resumed" in text and "step 6/6" in text, text
+    assert_same(results(out), results(whole(script)), script)
+    steps = [row["step"] for row in log_rows(out) if "lr" in row]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert all("loss" in row for row in log_rows(out) if "lr" in row)
+
+
+@test
+def test_finetuning_keeps_its_best_and_averages():
+    """best.pt has the best epoch's averaged weights and the classes; a resume knows how good."""
+    out = whole("finetune.py")
+    last, best = checkpoint(out), checkpoint(out, "best.pt")
+    assert difference(last["model"], last["ema"]) > 0
+    assert [row["step"] for row in log_rows(out) if "val_top1" in row] == [3, 6]
+    assert best["best"] == last["best"] and best["step"] in (3, 6)
+    assert best["step"] == 3 or difference(best["model"], last["ema"]) == 0
+    about = weights.build_model(os.path.join(out, "best.pt"), verbose=False)[1]
+    assert about["classes"] == ["x class", "y class", "z class"]
+    out = copied(killed("finetune.py"), "best")
+    torch.save(checkpoint(out) | dict(best=101.0), os.path.join(out, "last.pt"))
+    before = files(out).get("best.pt")
+    call(finetune, *stage_args("finetune.py", out))
+    assert checkpoint(out)["best"] == 101  # no later epoch can beat it
+    assert files(out).get("best.pt") == before
+
+
+@test
+def test_killed_and_resumed_on_two_ranks():
+    """The same on 2 ranks, which both have data workers."""
+    script = "pretrain.py"
+    args = ["--batch_size", batch_size(script) // 2]
+    undisturbed, out = tmp("whole_2"), killed(script, 2)
+    run(script, *stage_args(script, undisturbed, *args), ranks=2)
+    text = run(script, *stage_args(script, out, *args, "--num_workers", 1), ranks=2)
+    assert "resumed" in text and "step 6/6" in text, text
+    assert_same(results(out), results(undisturbed), script)
+
+
+@test_each(STAGES)
+def test_ranks_and_accumulation_equal_a_bigger_batch(script):
+    """2 ranks, and 2 accumulated batches, give the weights and figures of one bigger batch."""
+    stage, batch = STAGES[script], batch_size(script)
+    close, figures = stage["close"]
+    one, two, summed = (tmp(f"{name}_{script}") for name in ("one", "two", "summed"))
+    plain, half = stage["plain"].split(), ["--batch_size", batch // 2]
+    call(main_of(script), *stage_args(script, one, *plain))
+    run(script, *stage_args(script, two, *plain, *half), ranks=2)
+    others = [two]
+    half += ["--accum_steps", 2]
+    if stage["accum"] is True:
+        call(main_of(script), *stage_args(script, summed, *plain, *half))
+        others.append(summed)
+    else:
+        text = call(main_of(script), *stage_args(script, one, *plain, *half, "--resume"))
+        assert stage["accum"] in text, text
+    wanted = checkpoint(one)["model"]
+    for other in others:
+        found = checkpoint(other)["model"]
+        far = max((difference({k: wanted[k]}, {k: found[k]}), k) for k in wanted)
+        assert far[0] < close, far
+        for a, b in zip(log_rows(one), log_rows(other), strict=True):
+            assert a["step"] == b["step"] and a.keys() == b.keys()
+            for name, allowed in figures.items():
+                assert name not in a or abs(a[name] - b[name]) <= allowed, (name, a, b)
+        assert all(any(name in row for row in log_rows(one)) for name in figures)
+
+
+@test_each(STAGES)
+def test_signal_saves_and_other_runs_are_kept(script):
+    """SIGTERM saves; an unfinished run refuses another one, a finished one is set aside."""
+    stage, out = STAGES[script], tmp(f"signal_{script}")
+    long = stage_args(script, out, "--max_steps", 1000, "--num_workers", 1)
+    process = start(script, *long)
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            for pid in (*children(process.pid), process.pid):  # a scheduler signals them all
+                os.kill(pid, signal.SIGTERM)
+            break
+    rest = process.communicate()[0]
+    step, lr = checkpoint(out)["step"], stage["flags"][stage["flags"].index("--lr") + 1]
+    assert f"saved {out}/last.pt at step {step}" in rest and 2 <= step < 1000, rest
+    assert process.returncode == 128 + signal.SIGTERM
+    before = files(out)
+    text = mistake(main_of(script), *long, "--lr", 0.01)
+    assert "unfinished run" in text and f"lr {lr} -> 0.01" in text, text
+    flag, named = stage["model"]
+    text = mistake(main_of(script), *long, *flag.split(), "--resume")
+    assert "another model" in text and named in text, text
+    assert files(out) == before
+    out = tmp(f"short_{script}")
+    one, two = (stage_args(script, out, "--max_steps", n) for n in (1, 2))
+    call(main_of(script), *one)
+    before = files(out)
+    assert before.keys() == {"last.pt", "log.jsonl", *stage["writes"]}
+    assert "max_steps 1 -> 2" in call(main_of(script), *two)
+    assert files(os.path.join(out, "previous-1")) == before
+    after = files(out)
+    assert "finished" in call(main_of(script), *two)
+    assert files(out) == after
+
+
+@test_each(STAGES)
+def test_user_mistakes(script):
+    """Impossible flags and bad data are named in a sentence, and a finished run stays in place."""
+    out = copied(whole(script), f"mistakes_{script}")
+    before, empty = files(out), tmp(f"nothing_{script}")
+    shared = [("--batch_size 0", "--batch_size 0"), ("--lr -1", "--lr -1"), ("--lr nan", "--lr"),
+              ("--beta2 1e9", "--beta2 1e9"), ("--weight_decay inf", "--weight_decay inf"),
+              ("--seed -1", "--seed -1"), ("--num_workers -1", "--num_workers -1"),
+              ("--max_bad 1.5", "--max_bad 1.5"), ("--log_every 0", "--log_every 0"),
+              ("--epochs 1 --warmup_epochs 1", "--epochs 1", "--warmup_epochs 1"),
+              ("--dtype fp8", "--dtype", "fp8"), ("--device foo", "--device foo"),
+              ("--no_such_flag 1", "--no_such_flag"), ("--data nowhere", "nowhere"),
+              (f"--out_dir {HERE}/requirements.txt", "requirements.txt"),
+              (f"--out_dir {empty} --resume", "--resume", empty)]
+    for flags, *words in [*shared, *STAGES[script]["wrong"]]:
+        text = mistake(main_of(script), *stage_args(script, out), *flags.split())
+        assert all(word in text for word in words), (flags, text)
+        assert files(out) == before, flags
+    text = run(script, *stage_args(script, out, "--device", "foo"), ok=False)
+    assert "--device foo" in text and "Traceback" not in text, text
+    assert "finished" in call(main_of(script), *stage_args(script, out))
+    assert files(out) == before
+
+
+@test_each(STAGES)
+def test_damaged_checkpoints_and_logs(script):
+    """A last.pt or log.jsonl that is not what it should be: a sentence, and no file changes."""
+    out = copied(killed(script), f"damaged_{script}")
+    path, log = os.path.join(out, "last.pt"), os.path.join(out, "log.jsonl")
+    good = checkpoint(out)
+    weight = next(k for k, v in good["model"].items() if v.ndim > 1)
+    lacks = lambda key: {k: v for k, v in good.items() if k != key}
+    other = lambda **changed: good | dict(model=good["model"] | changed)
+    states = dict(model=lacks("model"), optimizer=lacks("optimizer"), scaler=lacks("scaler"),
+                  step=lacks("step"), config=lacks("config"), args=lacks("args"))
+    states["of this model"] = other(**{weight: good["model"][weight][:1]})  # another shape
+    states[weight] = good | dict(model={k: v for k, v in good["model"].items() if k != weight})
+    states["not a checkpoint"] = [1, 2]
+
+    def refused(*words, real=False):
+        before = files(out)
+        args = stage_args(script, out)
+        if real:
+            process = start(script, *args)
+            text = process.communicate()[0]
+            assert process.returncode == 1 and "Traceback" not in text, text
+            assert text.splitlines()[-1].startswith(f"{script}: "), text
+        else:
+            text = mistake(main_of(script), *args)
+        assert all(word in text for word in words), (words, text)
+        assert files(out) == before, words
+    for word, state in states.items():
+        torch.save(state, path)
+        refused(path, word, real=word == "model")
+    for content in (b"", b"no checkpoint", open(path, "rb").read()[:-1000]):
+        with open(path, "wb") as f:
+            f.write(content)
+        refused(path, "not a checkpoint")
+    torch.save(good, path)
+    rows = open(log).read()
+    for row in ("[1]", '{"loss": 1}', "1", '{"step": "x"}', "{"):
+        with open(log, "w") as f:
+            f.write(f"{row}\n{rows}")
+        refused(log, "row 1", row)
+
+
+@test_each(STAGES)
+def test_checkpoints_without_a_newer_flag(script):
+    """A last.pt from before a flag existed: an unfinished run goes on, a finished one stays."""
+    for n, folder in enumerate((killed(script), whole(script))):
+        out = copied(folder, f"older_{script}_{n}")
+        state = checkpoint(out)
+        del state["args"]["clip_grad"]
+        torch.save(state, os.path.join(out, "last.pt"))
+        before = files(out)
+        text = call(main_of(script), *stage_args(script, out))
+        if folder == whole(script):
+            assert "finished" in text and files(out) == before, text
+        else:
+            assert "resumed" in text and "step 6/6" in text, text
+            assert_same(results(out), results(whole(script)), script)
+
+
+# ---------------------------------------------------------------- the files
+
+def source(*names):
+    """The text of files, from the folder of the scripts."""
+    return "\n".join(open(os.path.join(HERE, name), encoding="utf-8").read() for name in names)
+
+
+def modules(*folders):
+    """The Python files of folders, from the folder of the scripts."""
+    return [os.path.join(folder, name) for folder in folders
+            for name in sorted(os.listdir(os.path.join(HERE, folder))) if name.endswith(".py")]
+
+
+@test_each([*STAGES, "eval.py", "bench.py", "video/tools.py"])
+def test_every_flag_is_read(script):
+    """No flag that nothing reads, no type=bool, no unsafe torch.load."""
+    text = source(script)
+    defined = source(script, "lib/process.py") if script in STAGES else text
+    flags = re.findall(r'add_argument\(\s*"(?:--)?(\w+)"', defined)
+    assert len(flags) > 5, flags
+    read = source(script, *modules("lib", "video", "ava"))
+    for flag in flags:
+        assert re.search(rf"\bargs\.{flag}\b", read) or flag == "toy", f"{flag} is never read"
+    assert not re.search(r"type\s*=\s*bool|weights_only\s*=\s*False", read)
+
+
+@test
+def test_defaults_are_the_papers():
+    """pretrain.py's defaults are the paper's ViT-B on Kinetics-400; --toy gives way to a flag."""
+    args = pretrain.get_args([])
+    assert (args.size, args.num_frames, args.sampling_rate) == ("base", 16, 4)
+    assert (args.mask_ratio, args.lr, args.beta2, args.epochs) == (0.9, 1.5e-4, 0.95, 800)
+    args = pretrain.get_args(["--toy", "--max_steps", "3"])
+    assert args.size == "tiny" and args.max_steps == 3
+
+
+@test_each(["", "lib", "video", "ava", "tests"])
+def test_files_are_as_the_style_wants(folder):
+    """At most 100 columns, plain line ends, docstrings of files and of what is public."""
+    for name in modules(folder):
+        text = source(name)
+        if os.path.basename(name) == "__init__.py":
+            assert not text, f"{name}: expected to be empty"
+            continue
+        assert not re.search(r"[\ufeff\r\t]|[ ]$", text, re.M), f"{name}: BOM, CR, tab or space"
+        assert text.endswith("\n") and not text.endswith("\n\n"), f"{name}: ends oddly"
+        tree = ast.parse(text)
+        assert ast.get_docstring(tree), f"{name} has no docstring"
+        for n in tree.body:
+            if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name != "main":
+                assert ast.get_docstring(n), f"{name}: {n.name} has no docstring"
+                claim = re.match(r"test_", n.name) and ast.get_docstring(n)
+                assert not claim or "\n" not in claim, f"{name}: {n.name}: expected one line"
+        long = [i for i, line in enumerate(text.splitlines(), 1) if len(line) > 100]
+        assert not long, f"{name}: lines {long} are too long"
+
+
+@test
+def test_imports_go_one_way():
+    """Stages import lib, video, ava, never each other; these import no stage, video nothing."""
+    rooms = dict(video=["video"], lib=["lib", "video", "model", "masking", "weights", "data"],
+                 ava=["ava", "lib", "video", "model", "weights", "data"])
+    ours = {name.removesuffix(".py") for name in modules("")} | {"lib", "video", "ava", "tests"}
+    stages = {name.removesuffix(".py") for name in [*STAGES, "eval.py", "bench.py"]}
+    for name in modules("", *rooms):
+        tree = ast.parse(source(name))
+        nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
+        found = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+        found |= {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
+        found = {module.split(".")[0] for module in found} & ours
+        room = os.path.dirname(name)
+        if room:
+            assert found <= set(rooms[room]), f"{name} imports {found - set(rooms[room])}"
+        elif name != "test_all.py":
+            assert not found & (stages | {"tests"}), f"{name} imports {found & stages}"
