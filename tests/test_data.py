@@ -177,16 +177,16 @@ def test_view_pairs():
                            image_area=(1, 1), image_color=False)
     plain = unittest.mock.patch.object(data, "view", lambda rng, clip, *a, **k: clip)
     with plain:
-        load = lambda seed: pairs.load(0, np.random.default_rng(seed), False)[:, 0]
+        load = lambda seed: pairs.load(0, np.random.default_rng(seed), False)[0, :, 0]
         first, second = zip(*(numbers(load(seed).numpy()) for seed in range(300)))
         gaps = np.array(second).astype(int) - np.array(first)
         assert gaps.min() >= 1 and gaps.max() <= 15 and abs(gaps.mean() - 8) < 0.6
         same = data.ViewPairs([square], [], gap=0, img_size=(96, 96))
         for pair, is_image in ((pairs, True), (same, False)):
-            a, b = numbers(pair.load(0, np.random.default_rng(1), is_image)[:, 0].numpy())
+            a, b = numbers(pair.load(0, np.random.default_rng(1), is_image)[0, :, 0].numpy())
             assert a == b
         clips = data.ViewPairs([square], [], num_frames=4, stride=3, img_size=(96, 96))
-        views = clips.load(0, np.random.default_rng(0), False)
+        views = clips.load(0, np.random.default_rng(0), False)[0]
         starts = [numbers(v.numpy()) for v in views]
         assert all((np.diff(s.astype(int)) == 3).all() for s in starts)
         assert starts[0][0] != starts[1][0]
