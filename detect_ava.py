@@ -16,8 +16,6 @@ log.jsonl has the curves; last.pt goes on with the same command.
 
 import argparse
 import datetime
-import os
-import re
 import time
 import zlib
 
@@ -36,7 +34,7 @@ from lib.process import (Parser, Process, amount, count, fraction, optim_flags, 
                          run_flags, script_main, share, whole)
 from lib.run import Run
 from model import SIZES, count_params, param_groups
-from video import augment, toy
+from video import augment, lists, toy
 from weights import encoder_shape, load_pretrained, read_weights
 
 # flags that a run may change when it goes on, as they say nothing of its training
@@ -372,8 +370,7 @@ def look_at(run, args, frames: list, val_frames: list, names: list) -> float:
     if absent:
         run.say(f"{len(absent)} classes have no training box: "
                 f"{', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}")
-    side = r"(?<![a-z])(left|right)(?![a-z])"
-    sided = [name for name in names if re.search(side, name.lower().replace("_", " "))]
+    sided = lists.sided(names)
     if args.flip and sided:
         run.say(f"--flip mirrors the clips, but {len(sided)} classes name a side ({sided[0]}): "
                 "--no-flip?")

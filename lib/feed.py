@@ -102,7 +102,8 @@ class MixedBatches:
 
     def __init__(self, videos: Batches | None, images: Batches | None):
         self.streams = [(stream, is_image)
-                        for stream, is_image in ((videos, False), (images, True)) if stream]
+                        for stream, is_image in ((videos, False), (images, True))
+                        if stream is not None]
 
     def __len__(self):
         return len(self.streams[0][0])

@@ -3,6 +3,9 @@
 import os
 import re
 import zlib
+from collections import Counter
+
+import numpy as np
 
 from video import prepared
 
@@ -146,6 +149,8 @@ def read_all(sources: list, data_root: str, toy: str,
     if outside is not None:
         below = os.path.abspath(outside) + os.sep
         rows = [row for row in rows if not os.path.abspath(row[0]).startswith(below)]
+        if not rows:
+            raise ValueError(f"no videos in {' '.join(sources)} outside --out_dir {outside}")
     return [path for path, _ in rows], [label for _, label in rows]
 
 
@@ -207,3 +212,48 @@ def class_ids(labels: list, classes: list[str], paths: list[str], known: str) ->
                          f"{names}; known are {', '.join(classes[:8])}"
                          f"{', ...' if len(classes) > 8 else ''}")
     return [ids[label] for label in labels]
+
+
+def first_of_each(paths: list, labels: list[int], n: int) -> tuple[list, list[int]]:
+    """The first n videos of each class, in the order of the list."""
+    seen, kept = Counter(), []
+    for path, label in zip(paths, labels):
+        seen[label] += 1
+        if seen[label] <= n:
+            kept.append((path, label))
+    return [path for path, _ in kept], [label for _, label in kept]
+
+
+def sided(names) -> list[str]:
+    """The names that speak of left or right, which mirroring would make wrong."""
+    side = r"(?<![a-z])(left|right)(?![a-z])"
+    return [name for name in names if re.search(side, name.lower().replace("_", " "))]
+
+
+def describe(classes: list[str], paths: list, labels: list[int], val_paths: list,
+             val_labels: list[int]):
+    """Yields what there is to say of labelled videos: how many, and what would mislead."""
+    videos = np.bincount(labels, minlength=len(classes))
+    few = ", ".join(classes[:8]) + ", ..." * (len(classes) > 8)
+    yield (f"{len(paths)} videos of {len(classes)} classes ({few}), {videos.min()} to "
+           f"{videos.max()} of a class")
+    if val_paths:
+        often = np.bincount(val_labels)
+        yield (f"{len(val_paths)} videos for validation; always saying "
+               f"{classes[often.argmax()]!r} would get {100 * often.max() / len(val_paths):.1f} %")
+    else:
+        yield "no --val_data: nothing is validated, and no best.pt written"
+    if videos.max() >= 3 * videos.min():
+        order = videos.argsort(kind="stable")
+        low, high = (", ".join(f"{classes[i]} {videos[i]}" for i in some)
+                     for some in (order[:3], order[-3:]))
+        yield (f"the classes are imbalanced: {low} ... {high}; read the per-class accuracy too")
+    twice = len(paths) - len({os.path.realpath(path) for path in paths})
+    if twice:
+        yield (f"{twice} training videos are listed more than once; with different labels they "
+               "contradict each other")
+    files, val_files = ({os.path.realpath(prepared.source_of(path)) for path in some}
+                        for some in (paths, val_paths))
+    if files & val_files:
+        yield (f"{len(files & val_files)} of the {len(val_paths)} validation videos are also "
+               "trained on: their accuracy says little")
