@@ -424,7 +424,7 @@ def main():
         kind = write_hf(args.export_hf, model, classes)
         files = " and ".join(sorted(os.listdir(args.export_hf)))
         run.say(f"{args.export_hf}: {kind}, {files}")
-        return 0
+        return run.close()
     os.makedirs(args.out_dir, exist_ok=True)
     sources = (args.data or []) + ([] if mode == "test" else getattr(args, mode))
     if "toy" in sources:

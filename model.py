@@ -119,10 +119,10 @@ class CubeEmbed(nn.Module):
 
 
 class Encoder(nn.Module):
-    """ViT on cubes; `img_size` is a side or (H, W), `pos_grid` the token grid of the position table
-    (default: own).
+    """ViT on cubes: a sequence of tokens, with no final norm.
 
-    For weights of images: temporal_pos adds a trainable row per temporal slot, zero at first, since
+    img_size is a side or (H, W), pos_grid the token grid of the position table (default: own). For
+    weights of images: temporal_pos adds a trainable row per temporal slot, zero at first, since
     their positions say nothing of time; spatial_pos is a trainable table (h * w, D) in place of the
     sin-cos one; class_token (its own position added) takes part in attention and is then dropped.
     """
