@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import importlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -273,6 +275,11 @@ def run(script, *args, ok=True, **kw):
     return out.stdout
 
 
+def module_of(script):
+    """The module that has the main() of a script."""
+    return importlib.import_module({"data.py": "video.tools"}.get(script, script[:-len(".py")]))
+
+
 @contextlib.contextmanager
 def as_script(module, *args):
     """Context: this process's arguments are those of a script -> what is printed meanwhile."""
@@ -286,6 +293,16 @@ def as_script(module, *args):
         sys.argv = argv
         for s, handler in handlers.items():
             signal.signal(s, handler)
+
+
+@functools.cache
+def flags_of(script, *command):
+    """The flags that `python SCRIPT [command] --help` lists, without their two dashes."""
+    module = module_of(script)
+    with contextlib.suppress(SystemExit), as_script(module, *command, "--help") as out:
+        module.main()
+    heads = re.findall(r"^  (-.*?)(?:  |$)", out.getvalue(), re.M)  # two spaces, a flag
+    return {flag for head in heads for flag in re.findall(r"--(\w[\w-]*)", head)}
 
 
 def call(module, *args):

@@ -216,10 +216,10 @@ def test_contrastive_mistakes():
             (pretrain_moco, [], ["--data", "--toy"]),
             (pretrain_vicmae, [*videos, "--image_fraction", 0.3], ["--images"]),
             (pretrain_vicmae, [*images, "--image_fraction", 1], ["below 1"]),
-            (pretrain_vicmae, [*videos, "--batch_size", 1], ["--batch_size 1", "at least 2"]),
+            (pretrain_vicmae, [*videos, "--batch_size", 1], ["--batch_size 1", "2 or more"]),
             (pretrain_vicmae, [*videos, "--rec_weight", 0, "--con_weight", 0], ["nothing"]),
             (pretrain_vicmae, ["--images", "nowhere"], ["nowhere"]),
-            (pretrain_moco, [*videos, "--batch_size", 1], ["--batch_size 1", "at least 2"]),
+            (pretrain_moco, [*videos, "--batch_size", 1], ["--batch_size 1", "2 or more"]),
             (pretrain_moco, [*videos, "--momentum", 1.5], ["--momentum 1.5"]),
             (pretrain_moco, [*videos, "--num_frames", 3], ["num_frames=3", "tubelet_size=2"])):
         text = mistake(module, *args, *out)

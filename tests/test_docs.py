@@ -1,13 +1,10 @@
 """README.md and docs/: links, commands and diffs hold."""
 
-import functools
 import glob
 import os
 import re
-import subprocess
-import sys
 
-from tests.common import HERE, test
+from tests.common import HERE, flags_of, test
 
 PAGES = ["README.md", *(os.path.relpath(page, HERE)
                         for page in sorted(glob.glob(os.path.join(HERE, "docs", "*.md"))))]
@@ -49,15 +46,6 @@ def commands(page):
     return found
 
 
-@functools.cache
-def flags_of(script, *command):
-    """The flags that `python SCRIPT [command] --help` lists."""
-    text = subprocess.run([sys.executable, os.path.join(HERE, script), *command, "--help"],
-                          capture_output=True, text=True, cwd=HERE,
-                          env=os.environ | {"COLUMNS": "200"}).stdout
-    return set(re.findall(r"--[\w-]+", text))
-
-
 @test
 def test_links_resolve():
     """Every relative link of README.md and docs/ names a file and a heading that exist."""
@@ -87,7 +75,7 @@ def test_commands_exist():
             command = word if script in ("data.py", "bench.py") else []
             for flag in (w.split("=")[0] for w in words if re.match(r"--\w", w)):
                 seen += 1
-                known = flag in flags_of(script, *command)
+                known = flag[2:] in flags_of(script, *command)
                 assert known, f"{page}: {' '.join([script, *words])}: no flag {flag}"
     assert seen > 20, "no commands were found"
 

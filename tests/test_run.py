@@ -1,9 +1,7 @@
 """lib/process.py, lib/optim.py, lib/run.py, and what every stage has to do: a table of stages."""
 
 import ast
-import contextlib
 import functools
-import importlib
 import os
 import random
 import re
@@ -20,8 +18,8 @@ from lib.optim import lr_at
 from lib.process import best_dtype
 from lib.run import Run
 from tests.common import (DETECT, HERE, TUNE, as_script, ava_data, call, checkpoint, children,
-                          difference, kill_tree, log_rows, mistake, run, start, test, test_each,
-                          tmp, toy_videos, tune_data)
+                          difference, flags_of, kill_tree, log_rows, mistake, module_of, run,
+                          start, test, test_each, tmp, toy_videos, tune_data)
 
 
 # ---------------------------------------------------------------- the table of stages
@@ -91,11 +89,6 @@ STAGES = {
 CLOCKS = ("clips_per_s", "waiting", "memory_gb", "seconds_left")  # of a row in log.jsonl
 
 
-def main_of(script):
-    """The module of a script."""
-    return importlib.import_module(script.removesuffix(".py"))
-
-
 def stage_args(script, out, *more):
     """The flags of a run of a few steps in the folder `out`; later ones win."""
     stage = STAGES[script]
@@ -112,7 +105,7 @@ def batch_size(script):
 def whole(script):
     """The folder of a run that nothing interrupts."""
     out = tmp(f"whole_{script}")
-    call(main_of(script), *stage_args(script, out))
+    call(module_of(script), *stage_args(script, out))
     return out
 
 
@@ -265,7 +258,7 @@ def test_nonfinite_runs_stop_and_keep_their_checkpoint():
 def test_killed_and_resumed_is_bit_identical(script):
     """SIGKILL at a random step, resume with other workers: every file as if nothing had been."""
     out = copied(killed(script), f"again_{script}")
-    text = call(main_of(script), *stage_args(script, out, "--num_workers", 1))
+    text = call(module_of(script), *stage_args(script, out, "--num_workers", 1))
     assert "resumed" in text and "step 6/6" in text, text
     assert_same(results(out), results(whole(script)), script)
     steps = [row["step"] for row in log_rows(out) if "lr" in row]
@@ -279,7 +272,9 @@ def test_finetuning_keeps_its_best_and_averages():
     out = whole("finetune.py")
     last, best = checkpoint(out), checkpoint(out, "best.pt")
     assert difference(last["model"], last["ema"]) > 0
-    assert [row["step"] for row in log_rows(out) if "val_top1" in row] == [3, 6]
+    validations = [row for row in log_rows(out) if "val_top1" in row]
+    assert [row["step"] for row in validations] == [3, 6]
+    assert all(row["val_videos"] == 5 for row in validations)
     assert best["best"] == last["best"] and best["step"] in (3, 6)
     assert best["step"] == 3 or difference(best["model"], last["ema"]) == 0
     about = weights.build_model(os.path.join(out, "best.pt"), verbose=False)[1]
@@ -311,15 +306,15 @@ def test_ranks_and_accumulation_equal_a_bigger_batch(script):
     close, figures = stage["close"]
     one, two, summed = (tmp(f"{name}_{script}") for name in ("one", "two", "summed"))
     plain, half = stage["plain"].split(), ["--batch_size", batch // 2]
-    call(main_of(script), *stage_args(script, one, *plain))
+    call(module_of(script), *stage_args(script, one, *plain))
     run(script, *stage_args(script, two, *plain, *half), ranks=2)
     others = [two]
     half += ["--accum_steps", 2]
     if stage["accum"] is True:
-        call(main_of(script), *stage_args(script, summed, *plain, *half))
+        call(module_of(script), *stage_args(script, summed, *plain, *half))
         others.append(summed)
     else:
-        text = call(main_of(script), *stage_args(script, one, *plain, *half, "--resume"))
+        text = call(module_of(script), *stage_args(script, one, *plain, *half, "--resume"))
         assert stage["accum"] in text, text
     wanted = checkpoint(one)["model"]
     for other in others:
@@ -349,21 +344,21 @@ def test_signal_saves_and_other_runs_are_kept(script):
     assert f"saved {out}/last.pt at step {step}" in rest and 2 <= step < 1000, rest
     assert process.returncode == 128 + signal.SIGTERM
     before = files(out)
-    text = mistake(main_of(script), *long, "--lr", 0.01)
+    text = mistake(module_of(script), *long, "--lr", 0.01)
     assert "unfinished run" in text and f"lr {lr} -> 0.01" in text, text
     flag, named = stage["model"]
-    text = mistake(main_of(script), *long, *flag.split(), "--resume")
+    text = mistake(module_of(script), *long, *flag.split(), "--resume")
     assert "another model" in text and named in text, text
     assert files(out) == before
     out = tmp(f"short_{script}")
     one, two = (stage_args(script, out, "--max_steps", n) for n in (1, 2))
-    call(main_of(script), *one)
+    call(module_of(script), *one)
     before = files(out)
     assert before.keys() == {"last.pt", "log.jsonl", *stage["writes"]}, [*before]
-    assert "max_steps 1 -> 2" in call(main_of(script), *two)
+    assert "max_steps 1 -> 2" in call(module_of(script), *two)
     assert files(os.path.join(out, "previous-1")) == before
     after = files(out)
-    assert "finished" in call(main_of(script), *two)
+    assert "finished" in call(module_of(script), *two)
     assert files(out) == after
 
 
@@ -378,16 +373,17 @@ def test_user_mistakes(script):
               ("--max_bad 1.5", "--max_bad 1.5"), ("--log_every 0", "--log_every 0"),
               ("--epochs 1 --warmup_epochs 1", "--epochs 1", "--warmup_epochs 1"),
               ("--dtype fp8", "--dtype", "fp8"), ("--device foo", "--device foo"),
-              ("--no_such_flag 1", "--no_such_flag"), ("--data nowhere", "nowhere"),
+              ("--no_such_flag 1", "--no_such_flag"),
+              ("--data nowhere", "nowhere", "o such file"),
               (f"--out_dir {HERE}/requirements.txt", "requirements.txt"),
               (f"--out_dir {empty} --resume", "--resume", empty)]
     for flags, *words in [*shared, *STAGES[script]["wrong"]]:
-        text = mistake(main_of(script), *stage_args(script, out), *flags.split())
+        text = mistake(module_of(script), *stage_args(script, out), *flags.split())
         assert all(word in text for word in words), (flags, text)
         assert files(out) == before, flags
     text = run(script, *stage_args(script, out, "--device", "foo"), ok=False)
     assert "--device foo" in text and "Traceback" not in text, text
-    assert "finished" in call(main_of(script), *stage_args(script, out))
+    assert "finished" in call(module_of(script), *stage_args(script, out))
     assert files(out) == before
 
 
@@ -415,7 +411,7 @@ def test_damaged_checkpoints_and_logs(script):
             assert process.returncode == 1 and "Traceback" not in text, text
             assert text.splitlines()[-1].startswith(f"{script}: "), text
         else:
-            text = mistake(main_of(script), *args)
+            text = mistake(module_of(script), *args)
         assert all(word in text for word in words), (words, text)
         assert files(out) == before, words
     for word, state in states.items():
@@ -442,7 +438,7 @@ def test_checkpoints_without_a_newer_flag(script):
         del state["args"]["clip_grad"]
         torch.save(state, os.path.join(out, "last.pt"))
         before = files(out)
-        text = call(main_of(script), *stage_args(script, out))
+        text = call(module_of(script), *stage_args(script, out))
         if folder == whole(script):
             assert "finished" in text and files(out) == before, text
         else:
@@ -463,24 +459,17 @@ def modules(*folders):
             for name in sorted(os.listdir(os.path.join(HERE, folder))) if name.endswith(".py")]
 
 
-def help_of(script):
-    """What --help says."""
-    with contextlib.suppress(SystemExit), as_script(main_of(script), "--help") as out:
-        main_of(script).main()
-    return out.getvalue()
-
-
 @test_each([*STAGES, "eval.py", "bench.py", "video/tools.py"])
 def test_every_flag_is_read(script):
     """No flag that nothing reads, no type=bool, no unsafe torch.load."""
     flags = set(re.findall(r'add_argument\(\s*"(?:--)?(\w+)"', source(script)))
     if script in STAGES:  # those of lib/process.py too
-        flags |= set(re.findall(r"^ +--(?!no-)(\w+)", help_of(script), re.M))
+        flags |= {flag for flag in flags_of(script) if not flag.startswith("no-")}
         assert flags >= {"lr", "out_dir", "max_bad", "toy"}
     assert len(flags) > 5, flags
     read = source(script, *modules("lib", "video", "ava"))
-    for flag in flags:
-        assert re.search(rf"\bargs\.{flag}\b", read) or flag == "toy", f"{flag} is never read"
+    for flag in flags - {"toy", "help"}:
+        assert re.search(rf"\bargs\.{flag}\b", read), f"{flag} is never read"
     assert not re.search(r"type\s*=\s*bool|weights_only\s*=\s*False", read)
 
 
