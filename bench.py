@@ -39,10 +39,10 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import masking
 from lib.feed import Batches, make_loader, send
+from lib.optim import param_groups
 from lib.process import Help, Process, count, script_main
 from lib.views import TestVideos, cut, view_indices
-from model import (IMAGENET_MEAN, IMAGENET_STD, SIZES, Attention, VideoClassifier, VideoMAE,
-                   param_groups)
+from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, Attention, VideoClassifier, VideoMAE
 from video import lists, prepared
 from video.decode import VideoReader
 from video.prepared import open_video

@@ -29,11 +29,11 @@ from ava.detector import NORMS, Detector, detect, load_detector, to_rows
 from ava.movie import detect_movie
 from ava.score import report
 from lib.cubes import to_unit
-from lib.optim import lr_at
+from lib.optim import lr_at, param_groups
 from lib.process import (Parser, Process, amount, count, fraction, optim_flags, positive,
                          run_flags, script_main, share, whole)
 from lib.run import Run
-from model import SIZES, count_params, param_groups
+from model import SIZES, count_params
 from video import augment, lists, toy
 from weights import encoder_shape, load_pretrained, read_weights
 

@@ -23,12 +23,12 @@ import torch.nn.functional as F
 
 import data
 from lib.cubes import to_unit
-from lib.optim import lr_at
+from lib.optim import lr_at, param_groups
 from lib.process import (Parser, amount, count, fraction, optim_flags, portion, positive, run_flags,
                          script_main, share, whole)
 from lib.run import Run
 from lib.views import TestVideos, run_views, scores
-from model import SIZES, VideoClassifier, count_params, param_groups
+from model import SIZES, VideoClassifier, count_params
 from video import augment, lists, toy
 from weights import encoder_shape, load_pretrained
 

@@ -8,7 +8,6 @@ reference implementation, so released weights load without renaming.
 """
 
 import math
-import re
 
 import torch
 import torch.nn as nn
@@ -388,31 +387,6 @@ class VideoClassifier(Encoder):
         """(B, T, H, W, C) uint8 or float in [0,1] -> logits (B, num_classes)."""
         x = super().forward(video).mean(1)  # (B, D)
         return self.head(self.head_dropout(self.head_norm(self.fc_norm(x))))
-
-
-def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
-    """AdamW groups {params, weight_decay, lr_scale} for weight decay and layer-wise learning rates.
-
-    No decay for 1-D parameters, tokens and position tables, as in the paper's code. lr_scale is
-    layer_decay^(depth+1-layer), with layer 0 for all up to the patch embedding, i+1 for encoder
-    block i, depth+1 for all that follows.
-    """
-    depth = SIZES[model.config["size"]]["depth"]
-    groups = {}
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if block := re.match(r"(?:encoder\.)?blocks\.(\d+)\.", name):
-            layer = int(block[1]) + 1
-        else:
-            layer = 0 if "patch_embed" in name or name.endswith(IMAGE_PARTS) else depth + 1
-        token = name.endswith(("mask_token", *IMAGE_PARTS))
-        decay = 0.0 if p.ndim == 1 or token else weight_decay
-        scale = layer_decay ** (depth + 1 - layer)
-        group = dict(params=[], weight_decay=decay, lr_scale=scale)
-        key = layer if layer_decay != 1 else 0, decay
-        groups.setdefault(key, group)["params"].append(p)
-    return list(groups.values())
 
 
 def count_params(model: nn.Module) -> int:

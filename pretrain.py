@@ -18,11 +18,11 @@ import torch
 import data
 import masking
 from lib import reconstruct
-from lib.optim import lr_at
+from lib.optim import lr_at, param_groups
 from lib.process import (Parser, count, every, inner, optim_flags, portion, positive, run_flags,
                          script_main)
 from lib.run import Run
-from model import SIZES, VideoMAE, count_params, param_groups
+from model import SIZES, VideoMAE, count_params
 from video import lists, toy
 from weights import image_parts, load_pretrained
 

@@ -20,11 +20,11 @@ import torch
 import data
 from lib.contrastive import head, info_nce_keys, spread_of
 from lib.feed import MixedBatches
-from lib.optim import lr_at
+from lib.optim import lr_at, param_groups
 from lib.process import (Parser, count, optim_flags, portion, positive, run_flags, script_main,
                          share)
 from lib.run import Run
-from model import SIZES, Encoder, count_params, init_linears, param_groups
+from model import SIZES, Encoder, count_params, init_linears
 from video import lists, toy
 
 
@@ -129,7 +129,7 @@ def main():
         run.once(toy.make_toy_shapes)
     paths, _ = lists.read_all(args.data, args.data_root, "toy_shapes/train", args.out_dir)
     if args.batch_size * run.world < 2:
-        raise ValueError("--batch_size 1 on one rank: nothing to contrast with, expected 2 or more")
+        raise ValueError("--batch_size 1: nothing to contrast with, expected 2 or more")
     train_set = data.ViewPairs(paths, [], num_frames=args.num_frames,
                                img_size=(args.img_size,) * 2, stride=args.sampling_rate,
                                area=args.crop_area, color=args.color, seed=args.seed)

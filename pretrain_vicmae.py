@@ -22,11 +22,11 @@ import masking
 from lib import reconstruct
 from lib.contrastive import head, info_nce
 from lib.feed import MixedBatches
-from lib.optim import lr_at
+from lib.optim import lr_at, param_groups
 from lib.process import (Parser, amount, count, every, inner, optim_flags, portion, positive,
                          run_flags, script_main, whole)
 from lib.run import Run
-from model import SIZES, VideoMAE, count_params, param_groups
+from model import SIZES, VideoMAE, count_params
 from video import lists, toy
 from weights import image_parts, load_pretrained
 
@@ -144,7 +144,7 @@ def main():
                              "at least one of each kind")
     num_videos = args.batch_size - num_images
     if args.batch_size * run.world < 2:
-        raise ValueError("--batch_size 1 on one rank: nothing to contrast with, expected 2 or more")
+        raise ValueError("--batch_size 1: nothing to contrast with, expected 2 or more")
     img_size = (args.img_size,) * 2
     train_set = data.ViewPairs(paths, images, img_size=img_size, gap=args.gap_frames,
                                area=args.crop_area, image_area=args.image_crop_area,

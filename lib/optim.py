@@ -1,8 +1,36 @@
-"""The learning rate's schedule, and an optimiser step that leaves out what is not finite."""
+"""Parameter groups, the learning rate's schedule, a step that leaves out what is not finite."""
 
 import math
+import re
 
 import torch
+
+from model import IMAGE_PARTS, SIZES
+
+
+def param_groups(model, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """AdamW groups {params, weight_decay, lr_scale} for weight decay and layer-wise learning rates.
+
+    No decay for 1-D parameters, tokens and position tables, as in the paper's code. lr_scale is
+    layer_decay^(depth+1-layer), with layer 0 for all up to the patch embedding, i+1 for encoder
+    block i, depth+1 for all that follows.
+    """
+    depth = SIZES[model.config["size"]]["depth"]
+    groups = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if block := re.match(r"(?:encoder\.)?blocks\.(\d+)\.", name):
+            layer = int(block[1]) + 1
+        else:
+            layer = 0 if "patch_embed" in name or name.endswith(IMAGE_PARTS) else depth + 1
+        token = name.endswith(("mask_token", *IMAGE_PARTS))
+        decay = 0.0 if p.ndim == 1 or token else weight_decay
+        scale = layer_decay ** (depth + 1 - layer)
+        group = dict(params=[], weight_decay=decay, lr_scale=scale)
+        key = layer if layer_decay != 1 else 0, decay
+        groups.setdefault(key, group)["params"].append(p)
+    return list(groups.values())
 
 
 def lr_at(step: int, peak: float, floor: float, warmup: int, total: int) -> float:

@@ -14,8 +14,9 @@ import pretrain_vicmae
 import weights
 from lib import contrastive
 from lib.cubes import normalize_cubes, patchify
+from lib.optim import param_groups
 from lib.reconstruct import baselines
-from model import Encoder, VideoClassifier, VideoMAE, param_groups
+from model import Encoder, VideoClassifier, VideoMAE
 from tests.common import mistake, raises, released_vit, run, saved, test, tmp, toy_videos
 from video import pictures
 

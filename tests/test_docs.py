@@ -1,10 +1,18 @@
 """README.md and docs/: links, commands and diffs hold."""
 
+import functools
 import glob
+import math
 import os
 import re
+import shutil
 
-from tests.common import HERE, flags_of, test
+import numpy as np
+
+import pretrain
+from tests.common import (HERE, call, checkpoint, flags_of, kill_tree, log_rows, run, start,
+                          test, test_each, tmp, toy_videos)
+from video import toy
 
 PAGES = ["README.md", *(os.path.relpath(page, HERE)
                         for page in sorted(glob.glob(os.path.join(HERE, "docs", "*.md"))))]
@@ -80,25 +88,79 @@ def test_commands_exist():
     assert seen > 20, "no commands were found"
 
 
-@test
-def test_hacking_diffs_apply():
-    """Each line that README's worked diffs remove stands in the file that they name."""
-    text = read("README.md")
-    section = re.search(r"^## +How to hack it.*?(?=^## |\Z)", text, re.M | re.S)
-    assert section, "README.md has no section `How to hack it`"
-    diffs = [block for language, block in fences(section[0]) if language == "diff"]
-    assert len(diffs) >= 3, f"{len(diffs)} diffs"
-    for block in diffs:
-        name = None
-        for line in block.splitlines():
-            if title := re.match(r"(?:# |--- )(?:a/)?([\w/]+\.py)\b", line):
-                name, lines = title[1], {row.strip() for row in read(title[1]).splitlines()}
-            elif line.startswith("-") and not line.startswith("---") and line[1:].strip():
-                assert name, f"a diff names no file: {block}"
-                assert line[1:].strip() in lines, f"{name} has no line {line[1:].strip()!r}"
+def apply(block, folder):
+    """Applies one of README's diffs to the files in a folder; ValueError where a line is not there.
+
+    Kept and removed lines are looked for in their order; added ones come after the line before
+    them, the first ones before the line that follows, and those of a file without any at its end.
+    """
+    for name, rows in re.findall(r"^--- ([\w/]+\.py)\n((?:(?!--- ).*\n?)*)", block, re.M):
+        path = os.path.join(folder, name)
+        with open(path, encoding="utf-8") as f:
+            lines = f.read().splitlines()
+        place, first = 0, []
+        for row in rows.splitlines():
+            kind, text = row[:1], row[1:]
+            if kind == "+" and place:
+                lines.insert(place, text)
+                place += 1
+            elif kind == "+":
+                first.append(text)
+            else:
+                place = lines.index(text, place)  # ValueError: README names a line that is gone
+                lines[place:place + 1] = [*first, text] if kind == " " else first
+                place, first = place + len(first) + (kind == " "), []
+        lines += first
+        with open(path, "w", encoding="utf-8") as f:
+            f.write("\n".join(lines) + "\n")
+
+
+@functools.cache
+def recipes():
+    """{name: diff} of README's section on forks."""
+    section = re.search(r"^## +How to hack it.*?(?=^## )", read("README.md"), re.M | re.S)[0]
+    return dict(re.findall(r"^\*\*(.*?)\*\*.*?\n```diff\n(.*?)^```", section, re.M | re.S))
+
+
+RECIPES = ["A mask", "A loss", "A target", "A data source", "Another optimiser",
+           "An EMA of the weights"]
+
+
+@test_each(RECIPES)
+def test_fork(name):
+    """README's changes apply to the code as it is; the fork trains, and goes on when stopped."""
+    assert sorted(recipes()) == sorted(RECIPES)
+    fork = tmp(f"fork_{name}")
+    keep = shutil.ignore_patterns(".*", "out", "toy", "toy_*", "tests", "docs")
+    shutil.copytree(HERE, fork, ignore=keep)
+    apply(recipes()[name], fork)
+    videos, out = toy_videos(), os.path.join(fork, "out")
+    if name == "A data source":
+        videos = os.path.join(fork, "arrays")
+        os.makedirs(videos)
+        for i in range(8):
+            np.save(os.path.join(videos, f"{i}.npy"), toy.toy_clip(np.random.default_rng(i), i))
+    flags = ["--data", videos, *"""--size tiny --img_size 16 --patch_size 8 --num_frames 4
+        --sampling_rate 1 --batch_size 4 --mask_ratio 0.5 --max_steps 4 --warmup_epochs 0 --lr 1e-2
+        --log_every 1 --save_every 2 --num_workers 0 --device cpu --dtype fp32""".split()]
+    if name == "A target":
+        call(pretrain, *flags, "--out_dir", tmp("teacher"))
+        os.rename(tmp("teacher", "last.pt"), tmp("teacher.pt"))
+    command = [os.path.join(fork, "pretrain.py"), *flags, "--out_dir", out]
+    process = start(*command)
+    for line in process.stdout:
+        if line.startswith("step 3/"):  # its checkpoint is of step 2
+            kill_tree(process.pid)
+            break
+    text = process.communicate()[0] + run(*command)
+    assert "resumed" in text and "at step 2" in text, text
+    rows = log_rows(out)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4], text
+    assert all(math.isfinite(row["loss"]) and not row["skipped_steps"] for row in rows), rows
+    assert ("ema" in checkpoint(out)) == (name == "An EMA of the weights")
 
 
 @test
 def test_readme_is_short():
-    """README.md has at most 220 lines."""
-    assert len(read("README.md").splitlines()) <= 220
+    """README.md has at most 240 lines."""
+    assert len(read("README.md").splitlines()) <= 240

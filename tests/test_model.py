@@ -10,8 +10,9 @@ import lib.reconstruct as reconstruct_file
 import model as model_file
 from lib.cpu_attention import HeadwiseAttention
 from lib.cubes import normalize_cubes, patchify, position_table, sincos_table, unpatchify
+from lib.optim import param_groups
 from lib.reconstruct import baselines, reconstruct
-from model import SIZES, VideoClassifier, VideoMAE, count_params, param_groups
+from model import SIZES, VideoClassifier, VideoMAE, count_params
 from tests.common import clips, mask_for, raises, small, test
 
 
