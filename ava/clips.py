@@ -19,7 +19,7 @@ KeyFrame = namedtuple("KeyFrame", "path video second boxes labels scores")
 
 
 def clip_seconds(num_frames: int, rate: int, fps: float) -> np.ndarray:
-    """(num_frames,) seconds of a clip's frames, from its key frame on.
+    """(num_frames,) seconds of a clip's frames, counted from its key frame.
 
     For 16 frames at rate 4 of 25 fps (-31 + 4k) / 25.
     """
@@ -138,7 +138,7 @@ class TrainFrames(Samples):
     def __init__(self, frames, seconds, img_size, short_side=256, movie_start=0.0, jitter=True,
                  flip=True, color=(10, 26, 26), seed=0):
         super().__init__([f.path for f in frames], seed)
-        prepared.check_stride(self.paths, 4)
+        prepared.check_stride(self.paths, 4)  # a sparser set would show frames twice
         self.frames, self.seconds, self.movie_start = frames, seconds, movie_start
         self.img_size, self.short_side = img_size, short_side
         self.jitter, self.flip, self.color = jitter, flip, color
