@@ -105,14 +105,15 @@ def test_clips_do_not_depend_on_workers():
 def test_bad_videos_are_replaced_and_named():
     """A broken file is named and gives way to another one; ten in a row give None."""
     paths, _ = lists.read_videos(toy_videos())
-    broken = tmp("broken.mp4")
+    broken = tmp("broken", "broken.mp4")
+    os.makedirs(tmp("broken"))
     open(broken, "w").write("x")
     ds = data.PretrainClips(paths + [broken], 4, (32, 32), 1)
     clip, bad = ds[0, len(paths)]
     assert [p for p, _ in bad] == [broken] * len(bad) and bad and broken in bad[0][1]
     assert torch.equal(clip, ds[0, len(paths)][0])
     assert data.PretrainClips([broken], 4, (32, 32), 1)[0, 0][0] is None
-    out = run("data.py", "check", os.path.dirname(broken), "--full", ok=False, cwd=toy_videos())
+    out = run("data.py", "check", tmp("broken"), "--full", ok=False, cwd=toy_videos())
     assert "broken.mp4: cannot be opened" in out
 
 
