@@ -16,6 +16,7 @@ log.jsonl has the curves; last.pt goes on with the same command.
 
 import argparse
 import datetime
+import math
 import time
 import zlib
 
@@ -268,9 +269,9 @@ def main():
     trained = sum(p.numel() for group in groups for p in group["params"])
     optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.999), fused=run.fused)
     net = run.start(model, optimizer, train_set)
+    clip_shape = "x".join(map(str, (shape["num_frames"], *crop)))
     run.say(f"{shape['size']} with {count_params(model) / 1e6:.1f} M parameters "
-            f"({trained / 1e6:.3g} M trained), clips of "
-            f"{'x'.join(map(str, (shape['num_frames'], *crop)))}, layer decay {layer_decay:g}; "
+            f"({trained / 1e6:.3g} M trained), clips of {clip_shape}, layer decay {layer_decay:g}; "
             f"{run.summary('key frames')}")
 
     def state() -> dict:
@@ -296,10 +297,10 @@ def main():
                 run.write("best.pt", **state())
 
     # ---- loop
-    # how many tests were due by a step, without the one at the end
-    tests = lambda step: int(run.epoch(step) / args.eval_every) if args.eval_every else 0
-    if val_frames and (tests(run.step) > tests(tested) or tested < run.step == run.total_steps):
-        validate()  # the run was stopped before this one
+    passed = lambda step: int(run.epoch(step) / (args.eval_every or math.inf))  # tests due so far
+    missed = passed(run.step) > passed(tested) or tested < run.step == run.total_steps
+    if val_frames and missed:  # the run was stopped before this one
+        validate()
         run.save(**state())
     for step in run.steps():
         lr = lr_at(step, run.lr, run.min_lr, run.warmup_steps, run.total_steps)
@@ -321,7 +322,7 @@ def main():
 
         if run.due(args.log_every):
             run.log(f"loss {{loss:.4f}} (class shares {shares_loss:.4f})")
-        due = run.step == run.total_steps or tests(run.step) > tests(run.step - 1)
+        due = run.step == run.total_steps or passed(run.step) > passed(step)
         if val_frames and due and not (run.stopping or run.failure):
             with run.paused():
                 validate()

@@ -66,6 +66,7 @@ def parse_key(row: list, where: str) -> tuple[str, int]:
 
 
 def is_whole(text: str) -> bool:
+    """Whether a field is a whole number."""
     return bool(re.fullmatch(r"-?\d+", text))
 
 
@@ -308,6 +309,7 @@ def read_boxes(path: str, movie_list: str | None, size_of, say=print) -> Rows:
 
 
 def read_json(path: str):
+    """What a JSON file holds."""
     with open(path, encoding="utf-8") as f:
         return json.load(f)
 
