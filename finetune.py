@@ -288,13 +288,13 @@ def main():
 
         if run.due(args.log_every):
             run.log(f"loss {{loss:.4f}} (uniform {math.log(len(classes)):.3f})")
-        ends = run.step == run.total_steps
-        if val_paths and not run.stopping and (ends or passed(run.step) > passed(step)):
+        due = run.step == run.total_steps or passed(run.step) > passed(step)
+        if val_paths and due and not (run.stopping or run.failure):
             with run.paused():
                 validate()
         if run.due(args.save_every):
             save()
-    if run.done and val_paths:
+    if run.done and val_paths and not run.stopping:
         run.say(f"best top-1 {best:.2f} in {args.out_dir}/best.pt, the last weights in "
                 f"{run.checkpoint}")
     return run.end()

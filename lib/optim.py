@@ -37,8 +37,8 @@ def lr_at(step: int, peak: float, floor: float, warmup: int, total: int) -> floa
     """Learning rate of a step (0-based): linear from 0 over the warm-up, then half a cosine."""
     if step < warmup:
         return peak * step / warmup
-    progress = (step - warmup) / max(total - warmup, 1)
-    return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * progress))
+    angle = math.pi * (step - warmup) / max(total - warmup, 1)
+    return floor + 0.5 * (peak - floor) * (1 + math.cos(angle))
 
 
 def guarded_step(optimizer, scaler: torch.amp.GradScaler, bad_step: torch.Tensor):
