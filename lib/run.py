@@ -448,7 +448,7 @@ class Run(Process):
         if stopped:
             self.say(f"stopped by signal {stopped}; saved {self.checkpoint} at step {self.step}: "
                      "the same command goes on from there")
-        elif not self.done:
+        elif self.first_step >= self.total_steps:
             self.say("this run is finished; --no-resume starts it anew")
         if self.board:
             self.board.close()
