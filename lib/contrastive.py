@@ -2,7 +2,9 @@
 
 Under DistributedDataParallel each rank's loss is the mean over its own anchors and gradients are
 averaged over ranks: together the mean over all anchors, which is what one process with the global
-batch computes. B batch of a rank, W ranks, d dimensions.
+batch computes. A loss that all ranks compute alike from gather(z), such as a covariance, comes out
+right as well; it wants autocast off, a matmul would be in bf16. B batch of a rank, W ranks, d
+dimensions.
 """
 
 import math
@@ -90,7 +92,8 @@ def head(*dims: int, last_norm: bool = False) -> nn.Sequential:
     """Linears between the dims, BatchNorm and ReLU after all but the last.
 
     last_norm: after the last a BatchNorm without affine parameters. Linears before a BatchNorm have
-    no bias: it would take it out again.
+    no bias: it would take it out again. A loss that cannot see the last bias has to freeze it: the
+    optimiser would follow rounding.
     """
     layers = []
     for a, b in zip(dims[:-2], dims[1:-1]):

@@ -162,5 +162,5 @@ def test_fork(name):
 
 @test
 def test_readme_is_short():
-    """README.md has at most 230 lines."""
-    assert len(read("README.md").splitlines()) <= 230
+    """README.md has at most 240 lines, some of them for a fork's own."""
+    assert len(read("README.md").splitlines()) <= 240
