@@ -138,6 +138,8 @@ def end_workers():
 
     They ignore that signal.
     """
+    if hasattr(signal, "SIGCHLD"):  # or the loader's handler takes this for an accident
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         process.kill()
 
