@@ -2,7 +2,7 @@
 
     python pretrain.py --toy                                # laptop CPU: minutes, on its own videos
     python pretrain.py --data my_videos/ --size small --batch_size 32 --accum_steps 8      # one GPU
-    torchrun --nproc_per_node=8 pretrain.py --data k400_train.csv --epochs 800   # the paper's ViT-B
+    torchrun --nproc_per_node=8 pretrain.py --data k400_train.tsv --accum_steps 8   # the paper's
 
 The log gives the loss beside two baselines: what predicting zeros scores (511/512 with the paper's
 target on textured video) and what predicting the mean visible cube scores. A loss that stays at a

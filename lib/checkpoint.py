@@ -50,12 +50,13 @@ def read_rows(path: str, step: int) -> list[str]:
     if not os.path.exists(path):
         return []
     rows = []
-    with open(path) as f:
-        for i, row in enumerate(f, 1):
+    with open(path, "rb") as f:
+        for i, line in enumerate(f, 1):
+            row = line.decode(errors="replace")
             if not row.endswith("\n"):
                 break
             try:
-                keep = json.loads(row)["step"] <= step
+                keep = json.loads(line)["step"] <= step
             except (ValueError, TypeError, KeyError):
                 raise ValueError(f"{path} row {i}: {row.strip()[:60]!r}: expected an object with a "
                                  "step; remove that row, or move the file away") from None

@@ -64,7 +64,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action):
         text = action.help or ""
-        shown = action.default not in (None, False, "", [], argparse.SUPPRESS)
+        hidden = action.default is None or action.default is False  # 0 is shown
+        shown = not hidden and action.default not in ("", [], argparse.SUPPRESS)
         return f"{text} (default: %(default)s)".strip() if shown and "default" not in text else text
 
 
