@@ -218,8 +218,8 @@ def main():
     val_frames = []
     if truth:
         val_boxes = toy_file(args.val_boxes, "val_boxes.csv")
-        val_frames = test_frames(run, args, truth, val_name, val_excluded, class_ids, val_boxes,
-                                 data_root)
+        val_frames = frames_to_test(run, args, truth, val_name, val_excluded, class_ids,
+                                    val_boxes, data_root)
     val_set = TestFrames(val_frames, seconds, short_side, args.movie_start)
 
     def test(progress: bool):
@@ -346,8 +346,8 @@ def check_scored(args, scored: dict, names: dict, truth, truth_name: str):
                          f"{', '.join(named[:5])}")
 
 
-def test_frames(run, args, truth, name: str, excluded: set, class_ids: list, boxes: str | None,
-                data_root: str) -> list:
+def frames_to_test(run, args, truth, name: str, excluded: set, class_ids: list,
+                   boxes: str | None, data_root: str) -> list:
     """The key frames of an annotation, called `name`, with the boxes of a file or its own."""
     run.say(f"test, {name}: {files.count_rows(truth, excluded, class_ids)}")
     rows = truth

@@ -64,3 +64,4 @@ raise RuntimeError("out of memory")
     process = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
                              timeout=100)
     assert process.returncode == 1 and "out of memory" in process.stderr
+    assert "killed by signal" not in process.stderr, "the workers' end is taken for the cause"

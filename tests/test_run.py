@@ -1,6 +1,7 @@
 """lib/process.py, lib/optim.py, lib/run.py, and what every stage has to do: a table of stages."""
 
 import ast
+import contextlib
 import functools
 import os
 import random
@@ -13,6 +14,7 @@ import torch
 
 import finetune
 import pretrain
+import pretrain_moco
 import weights
 from lib.optim import lr_at
 from lib.process import best_dtype
@@ -182,6 +184,17 @@ def test_default_dtype():
     before_ampere = lambda including_emulation: False
     with unittest.mock.patch.object(torch.cuda, "is_bf16_supported", before_ampere):
         assert best_dtype(torch.device("cuda")) == "fp16"
+
+
+@test
+def test_help_shows_defaults():
+    """--help gives the default of a flag unless it is none or its help tells it; 0 is one."""
+    with contextlib.suppress(SystemExit), as_script(pretrain_moco, "--help") as out:
+        pretrain_moco.main()
+    text = out.getvalue()
+    for line in ("--min_lr .*default: 0.0", "--epochs .*default: 300", "--seed .*default: 0"):
+        assert re.search(line, text), line
+    assert "default: None" not in text and "default: False" not in text
 
 
 @test
@@ -427,6 +440,9 @@ def test_damaged_checkpoints_and_logs(script):
         with open(log, "w") as f:
             f.write(f"{row}\n{rows}")
         refused(log, "row 1", row)
+    with open(log, "wb") as f:
+        f.write(b"\xbe\xff\n" + rows.encode())
+    refused(log, "row 1")
 
 
 @test_each(STAGES)
