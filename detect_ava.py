@@ -99,8 +99,8 @@ def get_args(argv=None):
     g.add_argument("--patch_size", type=count, help="pixels (default: --init's, else 16)")
     g.add_argument("--tubelet_size", type=count, help="frames per cube (default: --init's, else 2)")
     g.add_argument("--norm", choices=list(NORMS), help="mean and std of the input: ImageNet's, as "
-                   "in pre-training, or the paper's detection code's, which its released "
-                   "detection weights need (default: --ckpt's, else imagenet)")
+                   "in pre-training, or the paper's detection code's (default: those of a "
+                   "detection checkpoint, which are the latter in the paper's; else imagenet)")
     g.add_argument("--aligned", action=flag, default=False,
                    help="RoIAlign with the half-cell shift")
     g.add_argument("--drop_path", default=0.2, type=fraction,
@@ -174,6 +174,9 @@ def main():
     about = {}  # the arguments that weights come with: their clips' are the defaults
     if args.ckpt:
         model, names, about = load_detector(args.ckpt, names, args.norm)
+        if not (about or args.norm):
+            run.say(f"{args.ckpt} does not tell mean and std of its input: taken as --norm "
+                    "reference")
     if names is None:
         ids = np.unique(np.concatenate([rows.id for rows in (train, truth) if rows]))
         names = {c: str(c) for c in ids.tolist()}
@@ -191,15 +194,18 @@ def main():
 
     # ---- model: shaped as --init is where the flags do not say otherwise
     if training:
+        norm = NORMS[args.norm or "imagenet"]
         if args.init:
-            init = read_weights(args.init)[2]["args"]
-            about = init if "short_side" in init else {}  # a detection checkpoint's
+            init = read_weights(args.init)[2]
+            if init["detector"]:  # its head is for its input
+                about = init["args"]
+                if not args.norm:
+                    norm = {k: init.get(k, x) for k, x in norm.items()}
         shape = encoder_shape(args.init, size=args.size, num_frames=args.num_frames,
                               img_size=args.img_size and tuple(args.img_size * 2)[:2],
                               patch_size=args.patch_size, tubelet_size=args.tubelet_size)
-        mean, std = NORMS[args.norm or "imagenet"]
-        model = Detector(len(names), args.aligned, mean=mean, std=std, drop_path=args.drop_path,
-                         checkpointing=args.checkpointing, **shape)
+        model = Detector(len(names), args.aligned, drop_path=args.drop_path,
+                         checkpointing=args.checkpointing, **norm, **shape)
         if args.freeze > len(model.blocks):
             raise ValueError(f"--freeze {args.freeze}: expected at most the {len(model.blocks)} "
                              f"blocks of {shape['size']}")
@@ -336,6 +342,10 @@ def main():
 
 def check_scored(args, scored: dict, names: dict, truth, truth_name: str):
     """ValueError where scored classes are none of the model, or none of the annotation."""
+    for c, name in toy.TOY_NAMES.items() if args.ckpt and truth_name == "toy_ava/val.csv" else ():
+        if names.get(c, name) != name:
+            raise ValueError(f"{args.ckpt}: its class {c} is {names[c]!r}, the toy movies' "
+                             f"{name!r}; expected --val_data of its own classes")
     named = [f"{c} ({name})" for c, name in scored.items()]
     new = [text for text, c in zip(named, scored) if c not in names]
     if new and not args.score:

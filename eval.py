@@ -365,9 +365,15 @@ def reconstruction_rows(args, run, model, classes, path, clip) -> list:
 
 # ---- the command line ----
 
-def check_model(args, model, classes) -> list[str] | None:
+def check_model(args, model, about) -> list[str] | None:
     """The class names; ValueError where this model cannot do what the flags ask for."""
-    mode, classifier = mode_of(args), isinstance(model, VideoClassifier)
+    mode, classifier, classes = mode_of(args), isinstance(model, VideoClassifier), about["classes"]
+    if args.classes:
+        with open(args.classes, encoding="utf-8") as f:
+            classes = [line.strip() for line in f if line.strip()]
+    if about["detector"] and mode not in ("features", "knn"):
+        raise ValueError(f"{args.ckpt}: a detection checkpoint, which detect_ava.py --ckpt takes; "
+                         "here expected --features or --knn, of its encoder")
     if classifier:
         outputs = model.head.out_features
         classes = classes or [str(i) for i in range(outputs)]
@@ -375,7 +381,7 @@ def check_model(args, model, classes) -> list[str] | None:
             raise ValueError(f"{args.classes or args.ckpt}: {len(classes)} class names, the model "
                              f"has {outputs} classes")
     elif mode in ("test", "predict", "attention"):
-        raise ValueError(f"{args.ckpt}: a pre-training checkpoint, it has no classes; expected a "
+        raise ValueError(f"{args.ckpt}: it has no fc_norm and head, which classify; expected a "
                          "fine-tuned one, or --knn, --features, --reconstruct or --export_hf")
     alone = not classifier and model.decoder is None
     if mode == "reconstruct" and (classifier or alone):
@@ -402,11 +408,7 @@ def main():
     model, about = build_model(args.ckpt, args.num_frames, img_size,
                                verbose=run.rank == 0 and not args.json)
     model.to(run.device)
-    classes, trained = about["classes"], about["args"]
-    if args.classes:
-        with open(args.classes, encoding="utf-8") as f:
-            classes = [line.strip() for line in f if line.strip()]
-    classes = check_model(args, model, classes)
+    classes, trained = check_model(args, model, about), about["args"]
     clip_args = dict(num_frames=model.config["num_frames"],
                      img_size=tuple(model.config["img_size"]),
                      stride=args.sampling_rate or trained.get("sampling_rate", 4),

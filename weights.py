@@ -45,6 +45,11 @@ TO_HF = [(r"^encoder\.", ""),
          (r"\.attn\.", ".attention.attention.")]
 
 
+# mean and std of the input in the paper's detection code, whose files do not tell them
+DETECTION_MEAN = [122.7717 / 255, 115.9465 / 255, 102.9801 / 255]
+DETECTION_STD = [57.375 / 255] * 3
+
+
 def rename(name: str, patterns: list) -> str:
     """A parameter's name after all the (pattern, replacement), one after the other."""
     for pattern, new in patterns:
@@ -60,8 +65,7 @@ def to_reference(state: dict) -> dict:
     for name, x in state.items():
         if name.startswith(("videomae.", "decoder.decoder_layers.", "classifier.")):
             name = rename(name, FROM_HF)
-        # the paper's detection code
-        name = re.sub(r"^roi_heads\..*cls_score\.", "cls_score.", name)
+        name = re.sub(r"^roi_heads\..*cls_score\.", "cls_score.", name)  # AlphAction's
         out[re.sub(r"^(module\.)?(backbone\.|encoder\.)?", "", name)] = x.float()
     for name in [k for k in out if k.endswith(".query.weight")]:
         stem = name.removesuffix("query.weight")
@@ -71,6 +75,12 @@ def to_reference(state: dict) -> dict:
         q, _, v = out.pop(name).chunk(3)  # timm: k's bias cancels in the softmax
         out[name.replace("qkv.bias", "q_bias")] = q
         out[name.replace("qkv.bias", "v_bias")] = v
+    # the paper's detectors have a norm and a head; so have image ViTs and Hugging Face's that read
+    # a class token or token 0, while a classifier of the mean has fc_norm and head
+    cubes = out.get("patch_embed.proj.weight", torch.empty(0))
+    if {"norm.weight", "head.weight"} <= out.keys() and "fc_norm.weight" not in out:
+        if cubes.ndim == 5 and not any(name.startswith("videomae.") for name in state):
+            out = {re.sub(r"^head\.", "cls_score.", name): x for name, x in out.items()}
     return out
 
 
@@ -140,8 +150,8 @@ def read_weights(path: str) -> tuple[dict, list, dict]:
 
     The third is a dict: size, patch_size, tubelet_size, num_frames, img_size [H, W] (where a file
     does not say, 16 and 224), temporal_pos, spatial_pos, class_token (True where it has them),
-    pretrained (holds a decoder), classes (names or None), args (of our script, or {}). ValueError
-    names the file.
+    pretrained (holds a decoder), detector (is one: it has cls_score), mean and std (where known),
+    classes (names or None), args (of our script, or {}). ValueError names the file.
     """
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     if os.path.isdir(path):
@@ -182,7 +192,10 @@ def read_weights(path: str) -> tuple[dict, list, dict]:
     about |= dict(size=sizes.get((width, depth)), width=width, depth=depth, patch_size=patch,
                   num_frames=16, img_size=[224, 224],
                   tubelet_size=cubes.shape[2] if cubes.ndim == 5 else 1,
-                  pretrained="encoder_to_decoder.weight" in state)
+                  pretrained="encoder_to_decoder.weight" in state,
+                  detector="cls_score.weight" in state)
+    if about["detector"] and not config:
+        about |= dict(mean=DETECTION_MEAN, std=DETECTION_STD)
     about |= config
     about |= {part: True for part in IMAGE_PARTS if part in state}
     return state, list(grid), about
@@ -237,6 +250,9 @@ def build_model(path: str, num_frames: int | None = None, img_size=None, verbose
         model = VideoClassifier(len(state["head.weight"]),
                                 head_norm="head_norm.running_mean" in state, **kwargs)
     elif "norm.weight" in state:  # an encoder alone, or with another's decoder or head
+        if about["detector"] and verbose:
+            print(f"{path}: a detection checkpoint, of which this is the encoder alone; "
+                  "detect_ava.py --ckpt takes it whole")
         model = VideoMAE(dec_depth=1, **kwargs)
         model.decoder = None
     else:

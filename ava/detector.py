@@ -9,11 +9,11 @@ from ava.files import Rows
 from lib.cubes import to_unit
 from lib.feed import ignore_signals
 from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, Encoder, init_linears
-from weights import encoder_shape, load_pretrained, read_weights
+from weights import DETECTION_MEAN, DETECTION_STD, encoder_shape, load_pretrained, read_weights
 
-# mean and std of the input; the second is that of the paper's detection code
-NORMS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD),
-         "reference": ((122.77 / 255, 115.95 / 255, 102.98 / 255), (57.375 / 255,) * 3)}
+# mean and std of the input
+NORMS = {"imagenet": dict(mean=IMAGENET_MEAN, std=IMAGENET_STD),
+         "reference": dict(mean=DETECTION_MEAN, std=DETECTION_STD)}
 
 
 # ---- RoIAlign ----
@@ -100,13 +100,12 @@ def load_detector(path: str, names: dict | None, norm: str | None = None):
     """A detection checkpoint, ours or in the paper's layout.
 
     -> (Detector in eval mode, {id: name}, the arguments it was trained with). names: the classes of
-    a file that does not tell its own; norm replaces the mean and std that the file tells (none:
-    ImageNet's).
+    a file that does not tell its own; norm replaces the mean and std that the file has.
     """
     state, _, about = read_weights(path)
-    if "cls_score.weight" not in state:
-        raise ValueError(f"{path}: no detection checkpoint, it has no cls_score; "
-                         "--init trains one from it")
+    if not about["detector"]:
+        raise ValueError(f"{path}: no detection checkpoint, it has no cls_score (nor norm and "
+                         "head); --init trains one from it")
     outputs = len(state["cls_score.weight"])
     if about.get("class_ids"):
         own = dict(zip(about["class_ids"], about["classes"]))
@@ -118,8 +117,7 @@ def load_detector(path: str, names: dict | None, norm: str | None = None):
         raise ValueError(f"{path}: has {outputs} outputs; expected --label_map with as many "
                          "classes" + (f", not {len(names)}" if names else ""))
     options = {k: about[k] for k in ("mean", "std", "aligned") if k in about}
-    if norm:
-        options["mean"], options["std"] = NORMS[norm]
+    options |= NORMS[norm] if norm else {}
     model = Detector(outputs, **encoder_shape(path), **options)
     load_pretrained(model, path, verbose=False)
     return model.eval(), names, about["args"]

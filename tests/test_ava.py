@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import detect_ava
+import eval as evaluate
 import weights
 from ava.clips import TestFrames, TrainFrames, clip_seconds, crop_boxes, jitter_boxes, key_frames
 from ava.detector import NORMS, Detector, load_detector, pad_frames, roi_align
@@ -19,8 +20,8 @@ from ava.score import frame_map
 from lib.cubes import position_table
 from model import Encoder, VideoClassifier
 from tests.common import (DETECT, HERE, ava_data, call, clips, difference, mistake, numbered,
-                          raises, run, saved, small, test, tiny_ava, tmp, write)
-from video import decode
+                          raises, released_vit, run, saved, small, test, tiny_ava, tmp, write)
+from video import decode, toy
 
 
 # ---------------------------------------------------------------- ava/files.py
@@ -379,7 +380,7 @@ def test_detector_forward():
 
 @test
 def test_detection_weights():
-    """Pre-trained weights bring their final norm, others none; the public layout loads whole."""
+    """Pre-trained weights bring their final norm, others none; other classes start a new head."""
     def file(name, model):
         state = dict(model=model.state_dict(), config=model.config, classes=None, args={})
         return saved(name, state)
@@ -397,26 +398,51 @@ def test_detection_weights():
     path = file("ava_other.pt", other)
     report = weights.load_pretrained(detector(), path, verbose=False)
     assert set(report["new"]) == {"cls_score.weight", "cls_score.bias"} == set(report["skipped"])
-    model = detector(num_frames=16, img_size=224, patch_size=16, mean=NORMS["reference"][0],
-                     std=NORMS["reference"][1])
-    spelt = lambda k: "roi_heads.action.predictor." if k.startswith("cls") else "backbone."
-    public = {spelt(k) + k: v for k, v in model.state_dict().items()}
-    path = saved("ava_public.pth", dict(model=public))
-    names = {i: f"class {i}" for i in range(1, 6)}
-    loaded, got, about = load_detector(path, names, "reference")
-    assert difference(loaded.state_dict(), model.state_dict()) == 0
-    assert got == names and about == {}
-    video, boxes, index = clips(model, 1), torch.tensor([[3.0, 3, 100, 150]]), torch.tensor([0])
-    with torch.no_grad():
-        assert torch.equal(loaded(video, boxes, index), model(video, boxes, index))
-        other = load_detector(path, names)[0]
-        # ImageNet's mean and std
-        assert not torch.equal(other(video, boxes, index), model(video, boxes, index))
-    for names, words in ((None, "--label_map"), ({1: "a"}, "not 1")):
-        with raises(path, "5 outputs", words):
-            load_detector(path, names)
     with raises("no cls_score"):
         load_detector(file("ava_pre.pt", source), None)
+
+
+@test
+def test_the_papers_detection_files():
+    """Bare norm and head: --ckpt and --init take all; input is (pixels - 122.7717...) / 57.375."""
+    shape = dict(num_frames=16, img_size=224, patch_size=16)
+    model = detector(**shape, **NORMS["reference"])
+    bare = {k.replace("cls_score.", "head."): v for k, v in model.state_dict().items()}
+    spelt = lambda k: "roi_heads.action.predictor." if k.startswith("cls") else "backbone."
+    names = {i: f"class {i}" for i in range(1, 6)}
+    video, boxes, index = clips(model, 1), torch.tensor([[3.0, 3, 100, 150]]), torch.tensor([0])
+    pixels = video.float() - torch.tensor([122.7717, 115.9465, 102.9801])
+    plain = detector(**shape, mean=[0] * 3, std=[1] * 3)
+    off = lambda a, b: (a(video, boxes, index) - b).abs().max().item()
+    with torch.no_grad():
+        want = plain(pixels / 57.375, boxes, index)
+        for state in (bare, {spelt(k) + k: v for k, v in model.state_dict().items()}):
+            path = saved("ava_public.pth", dict(model=state))
+            loaded, got, about = load_detector(path, names)
+            assert difference(loaded.state_dict(), model.state_dict()) == 0
+            assert got == names and about == {} and off(loaded, want) < 5e-6
+            assert off(load_detector(path, names, "imagenet")[0], want) > 1e-3
+            report = weights.load_pretrained(detector(**shape), path, verbose=False)
+            assert not report["new"] and not report["skipped"]
+        rounded = [x / 255 for x in (122.77, 115.95, 102.98)]
+        rounded = detector(**shape, mean=rounded, std=NORMS["reference"]["std"])
+        assert 2e-5 < off(rounded, want) < 5e-4
+    for wrong, words in ((None, "--label_map"), ({1: "a"}, "not 1")):
+        with raises(path, "5 outputs", words):
+            load_detector(path, wrong)
+    text = mistake(evaluate, "--ckpt", path, "--predict", "x.mp4")
+    assert "a detection checkpoint" in text and "detect_ava.py --ckpt" in text
+    flags = detect_ava.get_args(["--ckpt", path, "--toy"])
+    with raises(path, "class 1 is 'class 1'", f"'{toy.TOY_NAMES[1]}'"):
+        detect_ava.check_scored(flags, names, names, None, "toy_ava/val.csv")
+    detect_ava.check_scored(flags, toy.TOY_NAMES, toy.TOY_NAMES, None, "toy_ava/val.csv")
+    # what has a norm and a head too: an image ViT, Hugging Face's without pooling; and a classifier
+    image = released_vit(0, **{"head.weight": (5, 128), "head.bias": (5,)})
+    hf = {weights.rename(k, weights.TO_HF): v for k, v in bare.items()}
+    pooled = {re.sub("^norm", "fc_norm", k): v for k, v in bare.items()}
+    for state in (image, hf, pooled):
+        _, _, about = weights.read_weights(saved("no_detector.pth", dict(model=state)))
+        assert not about["detector"] and "mean" not in about
 
 
 # ---------------------------------------------------------------- ava/movie.py
