@@ -95,6 +95,9 @@ def get_args(argv=None):
     g = p.add_argument_group("model")
     g.add_argument("--init", help="start from these weights: pre-trained, fine-tuned or of "
                                   "detection, any known layout")
+    g.add_argument("--positions", default="resize", choices=["resize", "new"],
+                   help="with other frames or sides than --init's: resize its position table, or "
+                        "make a new one, as the paper's code does")
     g.add_argument("--size", choices=list(SIZES), help="(default: --init's, else base)")
     g.add_argument("--patch_size", type=count, help="pixels (default: --init's, else 16)")
     g.add_argument("--tubelet_size", type=count, help="frames per cube (default: --init's, else 2)")
@@ -137,6 +140,8 @@ def get_args(argv=None):
         p.error("--video goes with --boxes or --full_frame, and they with it: who is looked at?")
     if args.score and (args.ckpt or args.init):
         p.error("--score needs no model: leave out --ckpt and --init")
+    if args.positions == "new" and not args.init:
+        p.error("--positions new goes with --init: from scratch they are new, --ckpt has its own")
     if args.ckpt and args.init:
         p.error("--ckpt tests, --init trains: only one of them")
     if only_test and not (args.val_data or args.video or args.toy):
@@ -264,7 +269,7 @@ def main():
         model.restore(saved["config"])
         best, tested = saved["best"], saved["tested"]
     elif args.init:
-        load_pretrained(model, args.init, verbose=run.rank == 0)
+        load_pretrained(model, args.init, run.rank == 0, args.positions)
 
     # ---- optimiser
     frozen = ["patch_embed."] * bool(args.freeze) + [f"blocks.{i}." for i in range(args.freeze)]

@@ -77,6 +77,9 @@ def get_args(argv=None) -> argparse.Namespace:
     g.add_argument("--sampling", choices=["dense", "sparse"],
                    help="sparse (SSv2): frames spread over the whole video")
     g.add_argument("--img_size", type=count, help="pixels, height and width of a view")
+    g.add_argument("--positions", default="resize", choices=["resize", "new"],
+                   help="with other frames or sides: resize the checkpoint's position table, or "
+                        "make a new one, as the paper's code does")
     g = p.add_argument_group("of single modes")
     g.add_argument("--window", type=positive,
                    help="predict: classify every WINDOW seconds of a video by themselves")
@@ -122,6 +125,8 @@ def get_args(argv=None) -> argparse.Namespace:
         p.error("--data goes with the test and --knn: the other modes are told their files")
     if args.hop and mode == "predict" and not args.window:
         p.error("--hop needs --window")
+    if args.positions == "new" and not (args.num_frames or args.img_size):
+        p.error("--positions new goes with --num_frames or --img_size: else they are as trained")
     if mode == "test" and not args.data:
         p.error("--data: expected labelled videos to test on, or one of --predict, --features, "
                 "--reconstruct, ...")
@@ -406,7 +411,7 @@ def main():
     # ---- model: weights, class names, and how its clips were sampled
     img_size = (args.img_size, args.img_size) if args.img_size else None
     model, about = build_model(args.ckpt, args.num_frames, img_size,
-                               verbose=run.rank == 0 and not args.json)
+                               run.rank == 0 and not args.json, args.positions)
     model.to(run.device)
     classes, trained = check_model(args, model, about), about["args"]
     clip_args = dict(num_frames=model.config["num_frames"],

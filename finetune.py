@@ -77,6 +77,9 @@ def get_args(argv=None):
     g = p.add_argument_group("model")
     g.add_argument("--init", help="start from these weights (any layout that weights.py reads); "
                                   "without: from scratch")
+    g.add_argument("--positions", default="resize", choices=["resize", "new"],
+                   help="with other frames or sides than --init's: resize its position table, or "
+                        "make a new one, as the paper's code does")
     g.add_argument("--size", choices=list(SIZES), help="(default: --init's, else base)")
     g.add_argument("--patch_size", type=count, help="pixels (default: --init's, else 16)")
     g.add_argument("--tubelet_size", type=count,
@@ -117,6 +120,8 @@ def get_args(argv=None):
             p.error(f"--{name} {low:g} {high:g}: expected two ascending numbers")
     if args.rand_aug[0] % 1 or args.rand_aug[1] > 10:
         p.error(f"--rand_aug {args.rand_aug}: expected a whole number, a magnitude up to 10")
+    if args.positions == "new" and not args.init:
+        p.error("--positions new goes with --init: from scratch they are new")
     if args.linear_probe and not args.init:
         p.error("--linear_probe needs --init: a random frozen encoder teaches nothing")
     if args.linear_probe and args.batch_size < 2:
@@ -186,7 +191,7 @@ def main():
         if saved["val_run"] == val_run:  # with other validation videos the best is sought anew
             best, validated = saved["best"], saved["validated"]
     elif args.init:
-        load_pretrained(model, args.init, verbose=run.rank == 0)
+        load_pretrained(model, args.init, run.rank == 0, args.positions)
 
     # ---- optimiser
     if args.freeze > len(model.blocks):

@@ -232,11 +232,13 @@ def image_parts(init: str | None, **flags) -> dict:
     return {k: v for k, v in encoder_shape(init, **flags).items() if k in IMAGE_PARTS}
 
 
-def build_model(path: str, num_frames: int | None = None, img_size=None, verbose: bool = True):
+def build_model(path: str, num_frames: int | None = None, img_size=None, verbose: bool = True,
+                positions: str = "resize"):
     """A weights file of any layout -> (the model it is for, in eval mode, what read_weights tells).
 
     VideoMAE where the file has a decoder or only an encoder (its decoder is None then), else
-    VideoClassifier. num_frames and img_size default to those of the file.
+    VideoClassifier. num_frames and img_size default to those of the file; positions: see
+    load_pretrained.
     """
     state, grid, about = read_weights(path)
     kwargs = encoder_shape(path, num_frames=num_frames, img_size=img_size)
@@ -258,7 +260,7 @@ def build_model(path: str, num_frames: int | None = None, img_size=None, verbose
     else:
         raise ValueError(f"{path}: holds no final norm, no decoder and no classification head; "
                          "finetune.py --init takes it, detect_ava.py --ckpt a detection checkpoint")
-    load_pretrained(model, path, verbose)
+    load_pretrained(model, path, verbose, positions)
     return model.eval(), about
 
 
@@ -276,16 +278,21 @@ def fit(name: str, x: torch.Tensor, y: torch.Tensor, model: nn.Module, about: di
     return x
 
 
-def load_pretrained(model: nn.Module, path: str, verbose: bool = True) -> dict:
+def load_pretrained(model: nn.Module, path: str, verbose: bool = True,
+                    positions: str = "resize") -> dict:
     """Loads a file or Hugging Face folder of any known layout into a model of any T, H, W.
 
-    Position tables are resized from the file's token grid, image patch embeddings repeated over the
-    tubelet and divided by its length; nothing else is changed. A class token and position table are
-    taken where the model has them. Returns {"loaded": [names], "skipped": {name: why}, "new":
+    Position tables are resized from the file's token grid (positions "new": made for the model's, as
+    the paper's code does), image patch embeddings repeated over the tubelet and divided by its
+    length; nothing else is changed. A class token and position table are taken where the model has
+    them. Returns {"loaded": [names], "skipped": {name: why}, "new":
     {name: why}} and prints it. ValueError names the parameter and both shapes where they differ,
     except for heads and decoders of another width, which are skipped and start new.
     """
     source, grid, about = read_weights(path)
+    if positions == "new" and "spatial_pos" in source:
+        raise ValueError(f"{path}: its positions were learned, a table of sines cannot take their "
+                         "place: leave out --positions new")
     want = model.state_dict()
     if isinstance(model, VideoMAE):
         inside = ("patch_embed.", "blocks.", "norm.", *IMAGE_PARTS)
@@ -321,10 +328,10 @@ def load_pretrained(model: nn.Module, path: str, verbose: bool = True) -> dict:
     report["loaded"] = list(fits)
     new = [k for k in want if k not in fits]
     report["new"] = {k: report["skipped"].get(k, "not in the file") for k in new}
-    model.set_positions(grid)
+    model.set_positions(model.grid if positions == "new" else grid)
     if verbose:
-        print_report(report, path, f"positions made for token grid {tuple(grid)}, "
-                                   f"model has {model.grid}")
+        print_report(report, path, f"positions made for token grid {tuple(grid)}, model has "
+                                   f"{model.grid}" + ", made anew" * (positions == "new"))
     return report
 
 

@@ -527,6 +527,7 @@ def test_detection_mistakes():
             (["--img_size", 20], ["img_size=20x20"]),
             (["--val_boxes", pixels], ["pixels.csv row 1"]),
             (["--ckpt", "x.pt", "--init", "y.pt"], ["only one"]),
+            (["--ckpt", "x.pt", "--positions", "new"], ["--positions new", "--init"]),
             (["--movie_start", 900], ["before its"])):
         text = mistake(detect_ava, *base, *args)
         assert all(w in text for w in words), text

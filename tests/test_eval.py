@@ -307,6 +307,7 @@ def test_eval_mistakes():
             (["--predict", "x.mp4"], ["x.mp4"]),
             (["--reconstruct", listed], ["classifier", "no decoder"]),
             (["--window", 2], ["--window"]),
+            (["--data", listed, "--positions", "new"], ["--positions new", "--num_frames"]),
             (["--data", listed, "--num_crops", 0], ["--num_crops 0"]),
             (["--features", listed, "--layer", 9], ["--layer 9", "0 to 4"])):
         text = mistake(evaluate, "--ckpt", ckpt, *args)

@@ -5,6 +5,8 @@ import os
 import torch
 
 import finetune
+import weights
+from lib.cubes import position_table
 from model import VideoMAE
 from tests.common import (TUNE, call, checkpoint, labelled, mistake, run, saved, test, tmp,
                           tune_data)
@@ -35,6 +37,12 @@ def test_what_is_trained():
     for k, v in encoder.items():
         still = k.startswith(("patch_embed.", "blocks.0.", "blocks.1."))
         assert torch.equal(state[k], v) == still, k
+    # with more frames than --init has, and a table of its own, which eval.py finds
+    new = ["--num_frames", 8, "--positions", "new", "--max_steps", 1]
+    text = run("finetune.py", *base, *new, "--out_dir", tmp("new"))
+    assert "made anew" in text and checkpoint(tmp("new"))["config"]["pos_grid"] == [4, 2, 2]
+    model, _ = weights.build_model(tmp("new", "last.pt"), verbose=False)
+    assert torch.equal(model.pos, position_table((4, 2, 2), 128, (4, 2, 2)))
     text = run("finetune.py", *freeze, "--val_data", labelled()[1])
     assert "validation at step 2" in text and "finished" in text
     assert os.path.exists(tmp("freeze", "best.pt"))
@@ -54,6 +62,7 @@ def test_finetuning_mistakes():
             (["--data", unlabelled], ["12 of 12", "no label"]),
             (["--batch_size", 13], ["12 videos", "13"]),
             (["--linear_probe"], ["--init"]),
+            (["--positions", "new"], ["--positions new", "--init"]),
             (["--rand_aug", 2, 11, 0], ["--rand_aug"]),
             (["--freeze", 9], ["--freeze 9", "4 blocks"]),
             (["--crop_area", 0.5, 0.2], ["--crop_area 0.5 0.2"]),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import tempfile
 
@@ -72,6 +73,36 @@ def test_other_frames_and_sides():
     assert torch.equal(model.encoder.pos, position_table((4, 4, 4), 128, (2, 2, 3)))
     assert torch.equal(model.dec_pos, position_table((4, 4, 4), 96, (2, 2, 3)))
     assert torch.equal(VideoMAE(**model.config).encoder.pos, model.encoder.pos)
+
+
+@test
+def test_new_positions():
+    """--positions new: logits of a model made with the other grid; kept in config; not for ViTs."""
+    torch.manual_seed(0)
+    shape = dict(size="tiny", num_frames=4, img_size=(16, 24), patch_size=8)
+    source = VideoClassifier(3, **shape)
+    for p in source.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    path = saved("x.pt", dict(model=source.state_dict(), config=source.config))
+    wanted = VideoClassifier(3, **shape | dict(num_frames=8, img_size=(32, 32))).eval()
+    wanted.load_state_dict(source.state_dict())
+    # cell p of the 4x4x4 grid, in raster order: sin and cos of p / 10000^(2 (j // 2) / 128)
+    assert abs(wanted.pos[21, 4] - math.sin(21 / 10000 ** (4 / 128))) < 1e-6
+    make = lambda positions: weights.build_model(path, 8, (32, 32), False, positions)[0]
+    new, resized = make("new"), make("resize")
+    video = clips(new)
+    with torch.no_grad():
+        assert torch.equal(new(video), wanted(video))
+        difference = (resized(video) - wanted(video)).abs().max()
+    assert 0.02 < difference < 2, difference
+    again = saved("x.pt", dict(model=new.state_dict(), config=new.config))
+    assert torch.equal(weights.build_model(again, verbose=False)[0].pos, wanted.pos)
+    mae = saved("x.pt", dict(model=small().state_dict(), config=small().config))
+    mae = weights.build_model(mae, 8, (32, 32), False, "new")[0]
+    assert torch.equal(mae.dec_pos, position_table((4, 4, 4), 96, (4, 4, 4)))
+    path = saved("vit.pth", dict(model=released_vit(0)))
+    with raises("vit.pth", "learned", "--positions new"):
+        weights.build_model(path, img_size=(48, 48), verbose=False, positions="new")
 
 
 def plain_vit(state: dict, images: torch.Tensor, blocks: int, heads: int,
