@@ -6,9 +6,10 @@
 
 Two clips of one video, each with one augmentation draw for all its frames, go through the encoder;
 a predictor on one has to tell what a slowly following copy of encoder and projector makes of the
-other, among those of all other videos. The image recipe, applied to clips: the paper that uses it
-publishes no settings. No masks: a step costs a full ViT twice with and twice without gradient. The
-log gives the loss beside chance and the spread of the queries.
+other, among those of all other videos. The image recipe, applied to clips (with --beta2 0.999
+--crop_area 0.08 1): the paper that uses it publishes no settings. No masks: a step costs a full ViT
+twice with and twice without gradient. The log gives the loss beside chance and the spread of the
+queries.
 """
 
 import argparse

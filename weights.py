@@ -282,8 +282,8 @@ def load_pretrained(model: nn.Module, path: str, verbose: bool = True,
                     positions: str = "resize") -> dict:
     """Loads a file or Hugging Face folder of any known layout into a model of any T, H, W.
 
-    Position tables are resized from the file's token grid (positions "new": made for the model's, as
-    the paper's code does), image patch embeddings repeated over the tubelet and divided by its
+    Position tables are resized from the file's token grid (positions "new": made for the model's,
+    as the paper's code does), image patch embeddings repeated over the tubelet and divided by its
     length; nothing else is changed. A class token and position table are taken where the model has
     them. Returns {"loaded": [names], "skipped": {name: why}, "new":
     {name: why}} and prints it. ValueError names the parameter and both shapes where they differ,

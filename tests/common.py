@@ -65,6 +65,12 @@ def folder():
     return tempfile.TemporaryDirectory()
 
 
+def read(name):
+    """The text of a file, from the folder of the scripts."""
+    with open(os.path.join(HERE, name), encoding="utf-8") as f:
+        return f.read()
+
+
 def tmp(*names):
     """A path in that folder."""
     return os.path.join(folder().name, *names)

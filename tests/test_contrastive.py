@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import tempfile
 
 import numpy as np
@@ -16,8 +17,8 @@ from lib import contrastive
 from lib.cubes import normalize_cubes, patchify
 from lib.optim import param_groups
 from lib.reconstruct import baselines
-from model import Encoder, VideoClassifier, VideoMAE
-from tests.common import mistake, raises, released_vit, run, saved, test, tmp, toy_videos
+from model import IMAGENET_MEAN, IMAGENET_STD, Encoder, VideoClassifier, VideoMAE
+from tests.common import mistake, raises, read, released_vit, run, saved, test, tmp, toy_videos
 from video import pictures
 
 
@@ -175,6 +176,35 @@ def test_image_models_become_video_models():
     mask = masking.make_mask("tube", 2, back.grid, 0.5)
     assert back.joint_norm
     assert torch.allclose(back(frame, mask)[1], VideoMAE.forward(source.eval(), frame, mask)[1])
+
+
+@test
+def test_public_vicmae():
+    """The public code's positives, BatchNorm, targets are other ones, as docs/methods.md says."""
+    page = read("docs/methods.md")
+    W, B = 3, 2  # ranks, samples of each; a view is (rank, view, sample)
+    views = [(r, v, i) for r in range(W) for v in range(2) for i in range(B)]
+    for a in views:  # sample numbers, which each rank counts from 0, are compared
+        positives = [b for b in views if b != a and b[2] == a[2]]
+        assert len(positives) == 2 * W - 1 == 5 and {b[0] for b in positives} == {0, 1, 2}
+    assert "2W - 1, five on three ranks" in page
+    alike = torch.ones(2, W * B, 4)  # the chance level: 1 of 11 others here, 5 of 11 there
+    assert abs(contrastive.info_nce(alike, 0.1)[0] - math.log(11)) < 1e-5
+    assert "| ln(2BW - 1) | ln((2BW - 1) / (2W - 1)) |" in page
+    torch.manual_seed(0)
+    x, norm = torch.randn(2, 8, 5) + torch.tensor([1.0, -1]).view(2, 1, 1), contrastive.BatchNorm(5)
+    by_view = torch.stack([norm(view) for view in x])
+    assert (norm(x.flatten(0, 1)).unflatten(0, (2, 8)) - by_view).abs().mean() > 0.3
+    cubes = torch.rand(6, 8, 8, 1).expand(6, 8, 8, 3).reshape(6, 192)  # grey
+    mean, std = (torch.tensor(c).repeat(64) for c in (IMAGENET_MEAN, IMAGENET_STD))
+    theirs = normalize_cubes((cubes - mean) / std, True)
+    assert 0.05 < (theirs - normalize_cubes(cubes, True)).square().mean().sqrt() < 0.5
+    # --toy is another setting
+    args = pretrain_vicmae.get_args(["--toy"])
+    for name, value in vars(args).items():
+        text = " ".join(map(str, value)) if isinstance(value, list) else value
+        if value != args.defaults[name] and name not in ("toy", "data", "log_every"):
+            assert re.search(rf"--{name} {re.escape(str(text))}\s", page), (name, text)
 
 
 # ---------------------------------------------------------------- pretrain_moco.py

@@ -10,18 +10,12 @@ import shutil
 import numpy as np
 
 import pretrain
-from tests.common import (HERE, call, checkpoint, flags_of, kill_tree, log_rows, run, start,
+from tests.common import (HERE, call, checkpoint, flags_of, kill_tree, log_rows, read, run, start,
                           test, test_each, tmp, toy_videos)
 from video import toy
 
 PAGES = ["README.md", *(os.path.relpath(page, HERE)
                         for page in sorted(glob.glob(os.path.join(HERE, "docs", "*.md"))))]
-
-
-def read(name):
-    """The text of a file, from the folder of the scripts."""
-    with open(os.path.join(HERE, name), encoding="utf-8") as f:
-        return f.read()
 
 
 def fences(text):
@@ -86,6 +80,27 @@ def test_commands_exist():
                 known = flag[2:] in flags_of(script, *command)
                 assert known, f"{page}: {' '.join([script, *words])}: no flag {flag}"
     assert seen > 20, "no commands were found"
+
+
+@test
+def test_recipes_add_up():
+    """GPUs x batch x accumulation is each row's batch; SSv2 S and the image recipes are theirs."""
+    page, seen = read("docs/recipes.md"), 0
+    batch = lambda text: 8 * math.prod(int(n) for n in re.findall(
+        r"--(?:nnodes=|batch_size |accum_steps )(\d+)", text))
+    for row in re.findall(r"^\|.*--batch_size.*$", page, re.M):
+        told = re.search(r"\| (\d+) \||\(batch (\d+)", row)
+        assert batch(row) == int(told[1] or told[2]), row
+        seen += 1
+    assert seen > 20
+    row, = re.findall(r"^\| SSv2 \| S \|.*--epochs 2400.*$", page, re.M)
+    assert abs(1.5e-4 * batch(row) / 256 - 1.2e-3) < 1e-9  # the peak rate
+    fence = re.sub(r"\\\n\s*", " ", next(t for _, t in fences(page) if "pretrain_moco.py" in t))
+    moco, = re.findall(r".*pretrain_moco.*", fence)
+    mae, = re.findall(r".*--num_frames 1 .*", fence)
+    assert batch(moco) == batch(mae) == 4096 and "--accum_steps" not in moco
+    assert "--beta2 0.999 --crop_area 0.08 1" in moco and "--min_lr 0 --flip" in mae
+    assert page.count("pretrain_moco.py") == page.count("--num_frames 1 --tubelet_size 1") == 1
 
 
 def apply(block, folder):

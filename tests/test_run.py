@@ -20,7 +20,7 @@ from lib.optim import lr_at
 from lib.process import best_dtype
 from lib.run import Run
 from tests.common import (DETECT, HERE, TUNE, as_script, ava_data, call, checkpoint, children,
-                          difference, flags_of, kill_tree, log_rows, mistake, module_of, run,
+                          difference, flags_of, kill_tree, log_rows, mistake, module_of, read, run,
                           start, test, test_each, tmp, toy_videos, tune_data)
 
 
@@ -204,6 +204,11 @@ def test_lr_schedule():
     assert lr[0] == 0 and lr[5] == 0.5 and lr[10] == 1
     assert abs(lr[60] - 0.55) < 1e-12 and abs(lr[110] - 0.1) < 1e-12
     assert lr[:11] == sorted(lr[:11]) and lr[10:] == sorted(lr[10:], reverse=True)
+    # the paper's code: as docs/methods.md says, at the peak a step earlier
+    theirs = torch.linspace(0, 1, 10, dtype=torch.float64)
+    ours = lambda warmup: torch.tensor([lr_at(s, 1.0, 0.1, warmup, 110) for s in range(10)])
+    assert torch.allclose(theirs.float(), ours(9)) and abs((theirs - ours(10)).max() - 0.1) < 1e-6
+    assert "its last warm-up step has the peak" in read("docs/methods.md")
 
 
 @test
