@@ -19,8 +19,9 @@ from ava.files import (Rows, merge_rows, read_boxes, read_detections, read_exclu
 from ava.score import frame_map
 from lib.cubes import position_table
 from model import Encoder, VideoClassifier
-from tests.common import (DETECT, HERE, ava_data, call, clips, difference, mistake, numbered,
-                          raises, released_vit, run, saved, small, test, tiny_ava, tmp, write)
+from tests.common import (DETECT, HERE, ava_data, call, checkpoint, clips, difference, mistake,
+                          numbered, raises, released_vit, run, saved, small, test, tiny_ava, tmp,
+                          write)
 from video import decode, toy
 
 
@@ -427,6 +428,12 @@ def test_the_papers_detection_files():
         rounded = [x / 255 for x in (122.77, 115.95, 102.98)]
         rounded = detector(**shape, mean=rounded, std=NORMS["reference"]["std"])
         assert 2e-5 < off(rounded, want) < 5e-4
+    init = saved("init.pth", dict(model={re.sub("cls_score", "head", k): v
+                                         for k, v in detector().state_dict().items()}))
+    train = ["--data", f"{tiny_ava()}/train.csv", "--data_root", f"{tiny_ava()}/movies"]
+    train += ["--max_steps", 1, "--init", init, "--out_dir", tmp("ava_init")]
+    call(detect_ava, *DETECT, *train)
+    assert checkpoint(tmp("ava_init"))["config"]["mean"] == weights.DETECTION_MEAN
     for wrong, words in ((None, "--label_map"), ({1: "a"}, "not 1")):
         with raises(path, "5 outputs", words):
             load_detector(path, wrong)
