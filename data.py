@@ -42,6 +42,16 @@ def sample_sparse(rng, n: int, num_frames: int) -> np.ndarray:
     return np.minimum((start + rng.random(num_frames) * length).astype(int), n - 1)
 
 
+def sample_sparse_reference(rng, n: int, num_frames: int) -> np.ndarray:
+    """As the paper's code trains on SSv2: segments of n // num_frames frames, counted from 0.
+
+    The rest at the end is never drawn: of 31 frames the first 16, of fewer than num_frames the
+    first alone.
+    """
+    length = n // num_frames
+    return length * np.arange(num_frames) + rng.integers(max(length, 1), size=num_frames)
+
+
 def sample_by_time(rng, times: np.ndarray, num_frames: int, fps: float) -> np.ndarray:
     """num_frames indices 1/fps seconds apart at any file rate: the nearest frames.
 
@@ -152,9 +162,9 @@ class FinetuneClips(PretrainClips):
     clips (repeat_aug, T, H, W, C) uint8, labels (repeat_aug,) int64, boxes (repeat_aug, 4) int64:
     the rectangles that random erasing fills on the device. One augmentation draw serves all frames
     of a clip. Dense clips are windows of T*stride frames, sparse ones have a random frame of each
-    of T segments; fps first resamples the video. All repeat_aug clips show the same frames,
-    augmented differently. Frames whose short side is over max_side pixels are reduced to that
-    first (0: never), as the paper's data were.
+    of T segments ("sparse-reference": the paper's code's); fps first resamples the video. All
+    repeat_aug clips show the same frames, augmented differently. Frames whose short side is over
+    max_side pixels are reduced to that first (0: never), as the paper's data were.
     """
 
     def __init__(self, paths, labels, num_frames=16, img_size=(224, 224), stride=4, fps=None,
@@ -178,6 +188,8 @@ class FinetuneClips(PretrainClips):
             frames = timeline(video.times, self.fps)
             if self.sampling == "sparse":
                 indices = sample_sparse(rng, len(frames), self.num_frames)
+            elif self.sampling == "sparse-reference":
+                indices = sample_sparse_reference(rng, len(frames), self.num_frames)
             else:
                 indices = sample_window(rng, len(frames), self.num_frames, self.stride)
             decoded = torch.from_numpy(video.frames(frames[indices]))

@@ -50,8 +50,10 @@ def get_args(argv=None):
     g.add_argument("--sampling_rate", default=4, type=count,
                    help="a clip spans num_frames * this many frames")
     g.add_argument("--fps", type=positive, help="resample videos to this many frames/s first")
-    g.add_argument("--sampling", default="dense", choices=["dense", "sparse"],
-                   help="dense: a window of the video; sparse (SSv2): one frame per segment")
+    g.add_argument("--sampling", default="dense", choices=["dense", "sparse", "sparse-reference"],
+                   help="dense: a window of the video; sparse (SSv2): a frame per segment; "
+                        "sparse-reference: segments as in the paper's code, which leave out the "
+                        "end (training; tests are those of sparse)")
     g.add_argument("--img_size", type=count,
                    help="pixels, a clip's height and width (default: --init's, else 224)")
     g.add_argument("--max_side", default=320, type=whole,
@@ -128,8 +130,8 @@ def get_args(argv=None):
         p.error("--linear_probe needs --batch_size 2 or more: its BatchNorm compares clips")
     if args.linear_probe and (args.freeze or args.ema):
         p.error("--linear_probe trains the head only: leave out --freeze and --ema")
-    if args.sampling == "sparse" and args.fps:
-        p.error("--sampling sparse spans the whole video: leave out --fps")
+    if args.sampling != "dense" and args.fps:
+        p.error(f"--sampling {args.sampling} spans the whole video: leave out --fps")
     return args
 
 

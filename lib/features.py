@@ -39,7 +39,7 @@ def window_features(model, video, videos: TestVideos, hop: float | None, device,
     end are the times of a window's first and last frame, in seconds.
     """
     span, order = videos.num_frames, data.timeline(video.times, videos.fps)
-    if videos.sampling == "sparse":
+    if videos.sampling != "dense":
         order = order[view_indices(len(order), span, 1, "sparse", 1)[0]]
     else:
         order = order[::videos.stride]  # the frames that windows are made of

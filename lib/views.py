@@ -17,11 +17,12 @@ def view_indices(n: int, num_frames: int, stride: int, sampling: str,
     """(num_segments, num_frames) frame indices of the test clips of a video of n frames.
 
     Dense: the frames 0, stride, 2*stride, ... (the last repeated up to num_frames), clip k of K
-    starting at int(k * (their number - num_frames) / (K - 1)), a single clip in the middle. Sparse:
-    a tick is n/num_frames frames, clip k starts k/K of a tick later (SSv2: K = 2).
+    starting at int(k * (their number - num_frames) / (K - 1)), a single clip in the middle. Sparse
+    (and sparse-reference, which differs in training only): a tick is n/num_frames frames, clip k
+    starts k/K of a tick later (SSv2: K = 2).
     """
     k = np.arange(num_segments)[:, None]
-    if sampling == "sparse":
+    if sampling != "dense":
         tick = n / num_frames
         frame = tick * k / num_segments + tick * np.arange(num_frames)
         return np.minimum(frame.astype(int), n - 1)

@@ -39,6 +39,24 @@ def test_samplers():
 
 
 @test
+def test_sparse_sampling_of_the_papers_code():
+    """Segments of n // 16 frames from 0, so never the end, of n < 16 frame 0; ours reach all."""
+    rngs = [np.random.default_rng(s) for s in range(300)]
+    for n, count in ((31, 16), (10, 1), (80, 80), (85, 80)):
+        theirs = np.stack([data.sample_sparse_reference(rng, n, 16) for rng in rngs])
+        assert np.unique(theirs).tolist() == list(range(count)), n
+        assert (theirs // max(n // 16, 1) == (np.arange(16) if n >= 16 else 0)).all()
+        ours = np.stack([data.sample_sparse(rng, n, 16) for rng in rngs])
+        assert np.unique(ours).tolist() == list(range(n)), n
+    path = write("sparse.mp4", numbered(31, 32, 48), g=8)
+    for sampling, last in (("sparse-reference", 3 * 7 + 6), ("sparse", 30)):
+        clips = data.FinetuneClips([path], [0], 4, (32, 48), sampling=sampling, rand_aug=(0, 0, 0),
+                                   crop_area=(1, 1), crop_aspect=(1.5, 1.5), flip=False)
+        shown = [numbers(clips[epoch, 0][0][0][0].numpy()).tolist() for epoch in range(40)]
+        assert max(max(clip) for clip in shown) == last and min(map(min, shown)) == 0, sampling
+
+
+@test
 def test_finetuning_windows_and_timelines():
     """Dense indices are 0 4 8 12 17 ... 63; other lengths and rates equal those by hand."""
     class Low:

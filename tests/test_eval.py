@@ -34,6 +34,7 @@ def test_views():
     ssv2 = view_indices(40, 16, 2, "sparse", 2)
     assert ssv2[0].tolist() == [int(2.5 * k) for k in range(16)]
     assert ssv2[1].tolist() == [int(1.25 + 2.5 * k) for k in range(16)]
+    assert (view_indices(40, 16, 2, "sparse-reference", 2) == ssv2).all()
     frames = torch.arange(2 * 4 * 11).view(2, 4, 11, 1)
     views = cut(frames, torch.tensor([[0, 1], [1, 1]]), (4, 4), 3)
     assert views.shape == (6, 2, 4, 4, 1)
