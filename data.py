@@ -164,17 +164,19 @@ class FinetuneClips(PretrainClips):
     of a clip. Dense clips are windows of T*stride frames, sparse ones have a random frame of each
     of T segments ("sparse-reference": the paper's code's); fps first resamples the video. All
     repeat_aug clips show the same frames, augmented differently. Frames whose short side is over
-    max_side pixels are reduced to that first (0: never), as the paper's data were.
+    max_side pixels are reduced to that first (0: never), as the paper's data were, and antialiased;
+    antialias is whether the crops are.
     """
 
     def __init__(self, paths, labels, num_frames=16, img_size=(224, 224), stride=4, fps=None,
                  sampling="dense", repeat_aug=1, max_side=320, rand_aug=(4, 7.0, 0.5),
                  crop_area=(0.08, 1), crop_aspect=(3 / 4, 4 / 3), flip=True, erase_prob=0.25,
-                 seed=0):
+                 seed=0, antialias=True):
         super().__init__(paths, num_frames, img_size, stride, fps, sampling, repeat_aug, flip=flip,
                          seed=seed)
         self.labels, self.max_side, self.rand_aug = labels, max_side, rand_aug
         self.crop_area, self.crop_aspect, self.erase_prob = crop_area, crop_aspect, erase_prob
+        self.antialias = antialias
 
     def reduced(self, h: int, w: int) -> tuple[int, int]:
         """The size that frames of h x w are decoded to."""
@@ -201,7 +203,8 @@ class FinetuneClips(PretrainClips):
                                                   self.crop_aspect)
             x = x[:, :, top:top + h, left:left + w].contiguous()
             if (h, w) != self.img_size:
-                x = F.interpolate(x, size=self.img_size, mode="bilinear", antialias=True)
+                x = F.interpolate(x, size=self.img_size, mode="bilinear",
+                                  antialias=self.antialias)
             x = x.flip(3) if self.flip and rng.random() < 0.5 else x
             clips.append(x.permute(0, 2, 3, 1))
             boxes.append(erase_box(rng, *self.img_size, self.erase_prob))

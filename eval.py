@@ -36,7 +36,6 @@ from model import VideoClassifier
 from video import lists, toy
 from video.decode import VideoError
 from video.pictures import strip, write_png, write_video
-from video.prepared import open_video
 from weights import build_model, write_hf
 
 SINGLE = ("predict", "features", "reconstruct", "attention")  # modes that look at single files
@@ -80,21 +79,23 @@ def get_args(argv=None) -> argparse.Namespace:
     g.add_argument("--positions", default="resize", choices=["resize", "new"],
                    help="with other frames or sides: resize the checkpoint's position table, or "
                         "make a new one, as the paper's code does")
+    g.add_argument("--antialias", action=flag, help="scale frames antialiased (default: yes); "
+                   "--no-antialias: as the paper's code does, for its released weights")
     g = p.add_argument_group("of single modes")
     g.add_argument("--window", type=positive,
                    help="predict: classify every WINDOW seconds of a video by themselves")
     g.add_argument("--hop", type=positive,
                    help="predict, features: seconds between windows (default: no overlap)")
-    g.add_argument("--top", default=5, type=count, help="predict: names per video")
+    g.add_argument("--top", type=count, help="predict: names per video (default: 5)")
     g.add_argument("--json", action=flag, default=False,
                    help="predict: print JSON and nothing else")
     g.add_argument("--layer", type=whole,
                    help="features, knn: after so many blocks (default: all, and the final norm)")
     g.add_argument("--pool", action=flag, default=True,
                    help="features: mean over the tokens; --no-pool: all of them")
-    g.add_argument("--k", default=[20], nargs="+", type=count, help="knn: neighbours")
-    g.add_argument("--mask_ratio", nargs="+", default=[0.75, 0.9, 0.95], type=inner,
-                   help="reconstruct")
+    g.add_argument("--k", nargs="+", type=count, help="knn: neighbours (default: 20)")
+    g.add_argument("--mask_ratio", nargs="+", type=inner,
+                   help="reconstruct (default: 0.75 0.9 0.95)")
     g.add_argument("--mp4", action=flag, default=False,
                    help="reconstruct, attention: also write a video")
     g = device_flags(p)
@@ -112,7 +113,8 @@ def get_args(argv=None) -> argparse.Namespace:
     if not args.ckpt:
         p.error("--ckpt: which model? expected a checkpoint, or --toy")
     only = dict(window=["predict"], hop=["predict", "features"], json=["predict"],
-                layer=["features", "knn"], mp4=["reconstruct", "attention"])
+                layer=["features", "knn"], mp4=["reconstruct", "attention"], top=["predict"],
+                k=["knn"], mask_ratio=["reconstruct"])
     for name, modes in only.items():
         value = getattr(args, name)
         if value is not None and value is not False and mode not in modes:
@@ -244,7 +246,7 @@ def knn(args, run, model, classes, clip_args):
     run.say(f"{len(y)} training and {len(test_y)} test videos, {len(classes)} classes; always "
             f"saying the most common one of training would get {common:.1f} %")
     answers = {}
-    for k in args.k:
+    for k in args.k or [20]:
         k = min(k, len(y))
         answers[f"k-NN, k = {k}"] = neighbours(x, y, test_x, k, len(classes))
     answers["linear map by ridge regression"] = ridge(x.astype(np.float64), y, test_x, len(classes))
@@ -264,7 +266,7 @@ def predict(args, run, model, classes, clip_args):
     for path in paths:
         run.say(path)
         try:
-            with open_video(path, videos.fit) as video:
+            with videos.open(path) as video:
                 seconds, windows = video.times[-1] - video.times[0], [(0.0, math.inf)]
                 if args.window:
                     starts = np.arange(0, max(seconds, 1e-9), args.hop or args.window).tolist()
@@ -275,7 +277,7 @@ def predict(args, run, model, classes, clip_args):
                     views = cut(frames.to(run.device), index.to(run.device), videos.img_size,
                                 args.num_crops or 1)
                     parts = [model(v).float().softmax(-1) for v in views.split(args.batch_size)]
-                    best = torch.cat(parts).mean(0).topk(min(args.top, len(classes)))
+                    best = torch.cat(parts).mean(0).topk(min(args.top or 5, len(classes)))
                     names = [dict(name=classes[i], probability=round(p, 6))
                              for i, p in zip(best.indices.tolist(), best.values.tolist())]
                     when, line = {}, "  "
@@ -305,7 +307,7 @@ def write_features(args, run, model, classes, clip_args):
     videos, bad = TestVideos(paths, **clip_args), 0
     for number, path in enumerate(paths):
         try:
-            with open_video(path, videos.fit) as video:
+            with videos.open(path) as video:
                 found, start, end = window_features(model, video, videos, args.hop, run.device,
                                                     args.batch_size, args.layer, args.pool)
         except VideoError as e:
@@ -327,7 +329,7 @@ def draw(args, run, model, classes, clip_args):
     videos, bad = TestVideos(paths, **clip_args), 0
     for number, path in enumerate(paths):
         try:
-            with open_video(path, videos.fit) as video:
+            with videos.open(path) as video:
                 clip = cut(*videos.clips(video), videos.img_size, 1)  # (1, T, H, W, C)
         except VideoError as e:
             bad += 1
@@ -358,7 +360,7 @@ def attention_rows(args, run, model, classes, path, clip) -> list:
 def reconstruction_rows(args, run, model, classes, path, clip) -> list:
     """The clip, and for each mask ratio what is masked and predicted."""
     rows = []
-    for ratio in args.mask_ratio:
+    for ratio in args.mask_ratio or [0.75, 0.9, 0.95]:
         generator = torch.Generator().manual_seed(args.seed)
         mask = masking.make_mask("tube", 1, model.grid, ratio, generator).to(run.device)
         loss, shown = panels(model, clip, mask)
@@ -418,14 +420,18 @@ def main():
                      img_size=tuple(model.config["img_size"]),
                      stride=args.sampling_rate or trained.get("sampling_rate", 4),
                      fps=args.fps or trained.get("fps"),
-                     sampling=args.sampling or trained.get("sampling", "dense"))
+                     sampling=args.sampling or trained.get("sampling", "dense"),
+                     antialias=args.antialias)
+    if args.antialias is None:
+        clip_args["antialias"] = trained.get("antialias", True)
     kind = "without classes"
     if isinstance(model, VideoClassifier):
         kind = f"classifier of {len(classes)} classes"
     shape = "x".join(map(str, (clip_args["num_frames"], *clip_args["img_size"])))
     rate = f" every {clip_args['stride']} frames" if clip_args["sampling"] == "dense" else ""
     fps = f" of {clip_args['fps']:g} fps" if clip_args["fps"] else ""
-    run.say(f"{about['size']} {kind}, clips of {shape}, {clip_args['sampling']}{rate}{fps}")
+    plain = "" if clip_args["antialias"] else ", not antialiased"
+    run.say(f"{about['size']} {kind}, clips of {shape}, {clip_args['sampling']}{rate}{fps}{plain}")
 
     if mode == "export_hf":
         kind = write_hf(args.export_hf, model, classes)

@@ -58,6 +58,9 @@ def get_args(argv=None):
                    help="pixels, a clip's height and width (default: --init's, else 224)")
     g.add_argument("--max_side", default=320, type=whole,
                    help="reduce larger videos to this short side first, 0 = never")
+    g.add_argument("--antialias", action=flag, default=True,
+                   help="resize crops and validation frames antialiased; --no-antialias: as the "
+                        "paper's code does")
     g = p.add_argument_group("augmentation")
     g.add_argument("--repeat_aug", default=1, type=count,
                    help="clips from one decoded video; batch_size counts videos")
@@ -176,7 +179,8 @@ def main():
     model = VideoClassifier(len(classes), args.head_dropout, args.linear_probe,
                             drop_path=args.drop_path, checkpointing=args.checkpointing, **shape)
     clip_args = dict(num_frames=shape["num_frames"], img_size=shape["img_size"],
-                     stride=args.sampling_rate, fps=args.fps, sampling=args.sampling)
+                     stride=args.sampling_rate, fps=args.fps, sampling=args.sampling,
+                     antialias=args.antialias)
     num_ops, *strength = args.rand_aug
     train_set = data.FinetuneClips(
         paths, labels, repeat_aug=args.repeat_aug, rand_aug=(int(num_ops), *strength),

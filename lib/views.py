@@ -60,13 +60,14 @@ class TestVideos(torch.utils.data.Dataset):
 
     A video is decoded once for all its clips: U distinct frames, scaled so that a window of
     `img_size` (H, W) just fits. A video that cannot be read has empty tensors and a reason.
+    antialias: how frames are scaled; the paper's code does it without.
     """
 
     def __init__(self, paths, num_frames, img_size, stride=4, fps=None, sampling="dense",
-                 num_segments=1):
+                 num_segments=1, antialias=True):
         self.paths, self.num_frames, self.img_size = paths, num_frames, img_size
         self.stride, self.fps, self.sampling = stride, fps, sampling
-        self.num_segments = num_segments
+        self.num_segments, self.antialias = num_segments, antialias
         check_stride(paths, stride if sampling == "dense" and not fps else None)
 
     def __len__(self):
@@ -76,6 +77,10 @@ class TestVideos(torch.utils.data.Dataset):
         """The size of an h x w frame in which a window of self.img_size just fits."""
         H, W = self.img_size
         return (h * W // w, W) if h * W > H * w else (H, w * H // h)
+
+    def open(self, path: str):
+        """A reader of one file, whose frames are scaled as said above."""
+        return open_video(path, self.fit, self.antialias)
 
     def clips(self, video: VideoReader, start: float = 0.0, end: float = math.inf):
         """-> frames (U, h, w, C), index (S, T) of the part from start to end of an open video.
@@ -98,7 +103,7 @@ class TestVideos(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int):
         try:
-            with open_video(self.paths[i], self.fit) as video:
+            with self.open(self.paths[i]) as video:
                 return i, *self.clips(video), None
         except VideoError as e:
             return i, torch.empty(0), torch.empty(0), str(e)

@@ -184,6 +184,14 @@ def test_finetuning_clips():
     for (a, _), (b, _) in zip(*loaders, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b)) and a[0].shape == (8, 4, 32, 32, 3)
         assert a[1].tolist()[::2] == a[1].tolist()[1::2] and not torch.equal(a[0][0], a[0][1])
+    half = [data.FinetuneClips(paths, ids, **plain | dict(img_size=(16, 24)), antialias=a)[0, 1]
+            for a in (False, True)]  # the same frames
+    with decode.VideoReader(paths[half[0][0][1][0]]) as video:
+        frames = torch.from_numpy(video.frames(range(len(video))))
+    for antialias, ((clip, *_), _) in zip((False, True), half):
+        small = decode.resize(frames, 16, 24, antialias)
+        assert any(torch.equal(clip[0, 0], frame) for frame in small)
+    assert not torch.equal(half[0][0][0], half[1][0][0])
     small_side = data.FinetuneClips(paths, [0] * 12, max_side=20).reduced
     assert small_side(40, 60) == (20, 30) and small_side(18, 60) == (18, 60)
 

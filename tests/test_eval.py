@@ -10,12 +10,13 @@ import os
 import av
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import weights
 from lib.features import attention_rollout, features, heat, neighbours, ridge
 from lib.views import TestVideos, cut, scores, view_indices
 from model import VideoClassifier
-from tests.common import call, mistake, run, small, test, tmp
+from tests.common import call, mistake, run, small, test, tmp, write
 from video import decode, lists, pictures, toy
 
 evaluate = importlib.import_module("eval")  # `import eval` would hide the builtin
@@ -60,13 +61,13 @@ def test_scores():
     assert abs(scores(p, np.array([0, 3, 0, 0]))["per_class"] - 50) < 1e-12
 
 
-def slow_views(path, num_frames, stride, size, num_segments, num_crops):
+def slow_views(path, num_frames, stride, size, num_segments, num_crops, resize=decode.resize):
     """Every frame decoded by plain PyAV, resized whole, indexed: (segments * crops, T, S, S, 3)."""
     with av.open(path) as container:
         frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
     h, w = frames[0].shape[:2]
     h, w = (size, int(w * size / h)) if h <= w else (int(h * size / w), size)
-    frames = [decode.resize(torch.from_numpy(f)[None], h, w)[0].numpy() for f in frames]
+    frames = [resize(torch.from_numpy(f)[None], h, w)[0].numpy() for f in frames]
     frames = np.stack(frames)[::stride]
     step, views = max((len(frames) - num_frames) / (num_segments - 1), 0), []
     while len(frames) < num_frames:
@@ -201,6 +202,47 @@ def test_ranks_give_the_same_figures():
     assert tables[0] == tables[1] == tables[2] and tables[0][0].count("\n") == 8
 
 
+def as_opencv(clip, height, width):
+    """What cv2.resize computes, before it rounds: bilinear between the four nearest pixels."""
+    planes = clip.permute(0, 3, 1, 2).double()
+    return F.interpolate(planes, (height, width), mode="bilinear").permute(0, 2, 3, 1)
+
+
+@test
+def test_not_antialiased():
+    """--no-antialias, or a checkpoint trained so: pixels are F.interpolate's, to rounding."""
+    row = torch.tensor([0, 40, 100, 0, 0, 0, 30, 200], dtype=torch.uint8).view(1, 1, 8, 1)
+    assert decode.resize(row, 1, 2, antialias=False).flatten().tolist() == [70, 15]
+    assert decode.resize(row, 1, 2).flatten().tolist() == [35, 47]  # weights 5 7 7 5 3 1 of 28
+    noise = np.random.default_rng(0).integers(0, 256, (16, 96, 128, 3), dtype=np.uint8)
+    path = write("noise.mp4", noise)
+    state, made = torch.load(classified()[1]), [tmp(f"resized_{i}.pt") for i in range(3)]
+    state["model"]["head.weight"] *= 0.05  # less certain of itself
+    for name, args in zip(made, ({}, dict(antialias=False), dict(sampling="sparse-reference"))):
+        torch.save(state | dict(args=dict(sampling_rate=3) | args), name)
+    model = weights.build_model(made[0], verbose=False)[0]
+    want = torch.from_numpy(slow_views(path, 4, 3, 32, 3, 3, as_opencv)[4:5])
+    views = []
+    for antialias in (False, True):
+        videos = TestVideos([path], 4, (32, 32), 3, antialias=antialias)
+        views.append(cut(*videos[0][1:3], (32, 32), 1))
+    assert (views[0] - want).abs().max() <= 1 < 10 < (views[1] - want).abs().max()
+    with torch.no_grad():
+        p, other = model(torch.cat(views)).softmax(-1)
+    assert (p - other).abs().max() > 1e-3
+
+    def predict(name, *args):
+        found = json.loads(call(evaluate, "--ckpt", name, "--dtype", "fp32", "--predict", path,
+                                "--json", "--out_dir", tmp("aa"), *args))
+        best = {c["name"]: c["probability"] for c in found[0]["classes"]}
+        return torch.tensor([best[name] for name in "abc"])
+    close = lambda a, b: (a - b).abs().max() < 1e-5
+    assert close(predict(made[0]), other) and close(predict(made[0], "--no-antialias"), p)
+    assert close(predict(made[1]), p) and close(predict(made[1], "--antialias"), other)
+    sparse = predict(made[0], "--sampling", "sparse")  # what the paper's code tests with
+    assert close(predict(made[2]), sparse) and not close(sparse, other)
+
+
 @test
 def test_predict_and_windows():
     """--predict gives the middle clip's probabilities; windows see only their own frames."""
@@ -309,6 +351,9 @@ def test_eval_mistakes():
             (["--reconstruct", listed], ["classifier", "no decoder"]),
             (["--window", 2], ["--window"]),
             (["--data", listed, "--positions", "new"], ["--positions new", "--num_frames"]),
+            (["--data", listed, "--k", 20], ["--k goes with --knn"]),
+            (["--predict", listed, "--mask_ratio", 0.5], ["--mask_ratio", "--reconstruct"]),
+            (["--knn", listed, "--data", listed, "--top", 3], ["--top goes with --predict"]),
             (["--data", listed, "--num_crops", 0], ["--num_crops 0"]),
             (["--features", listed, "--layer", 9], ["--layer 9", "0 to 4"])):
         text = mistake(evaluate, "--ckpt", ckpt, *args)

@@ -37,19 +37,22 @@ def short_side(height: int, width: int, side: int) -> tuple[int, int]:
     return side * height // width, side
 
 
-def resize(clip: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(T, H, W, C) uint8 -> (T, height, width, C) uint8, antialiased bilinear (as PIL does)."""
+def resize(clip: torch.Tensor, height: int, width: int, antialias: bool = True) -> torch.Tensor:
+    """(T, H, W, C) uint8 -> (T, height, width, C) uint8, bilinear.
+
+    Antialiased as PIL does it, else as OpenCV does (each to 1 of 255).
+    """
     if clip.shape[1:3] == (height, width):
         return clip
     planes = clip.permute(0, 3, 1, 2)  # (T, C, H, W)
-    planes = F.interpolate(planes, size=(height, width), mode="bilinear", antialias=True)
+    planes = F.interpolate(planes, size=(height, width), mode="bilinear", antialias=antialias)
     return planes.permute(0, 2, 3, 1)
 
 
-def resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+def resized(picture: np.ndarray, height: int, width: int, antialias: bool = True) -> np.ndarray:
     """As `resize`, of one picture (H, W, 3)."""
     clip = torch.from_numpy(np.ascontiguousarray(picture))[None]
-    return resize(clip, height, width)[0].numpy()
+    return resize(clip, height, width, antialias)[0].numpy()
 
 
 def nearest(times: np.ndarray, t: np.ndarray) -> np.ndarray:
@@ -91,9 +94,12 @@ class VideoReader:
     out frames that are neither wanted nor needed by others.
     """
 
-    def __init__(self, path: str, size_of=None):
-        """size_of: (height, width) of an upright frame -> the size that `frames` gives instead."""
-        self.path, self.size_of = path, size_of
+    def __init__(self, path: str, size_of=None, antialias=True):
+        """size_of: (height, width) of an upright frame -> the size that `frames` gives instead.
+
+        antialias: how frames are brought to it, as in `resize`.
+        """
+        self.path, self.size_of, self.antialias = path, size_of, antialias
         if os.path.isdir(path):
             raise VideoError(f"{path}: is a folder; expected a video file (frame folders cannot be "
                              "read yet)")
@@ -322,7 +328,7 @@ class VideoReader:
         if frame.rotation % 360:
             rgb = np.rot90(rgb, frame.rotation // 90)
         if self.size_of:  # at once, so that many frames of a large video fit in memory
-            rgb = resized(rgb, *self.size_of(*rgb.shape[:2]))
+            rgb = resized(rgb, *self.size_of(*rgb.shape[:2]), self.antialias)
         return rgb
 
 

@@ -76,9 +76,9 @@ def shard_bytes(path: str) -> np.ndarray:
     return MAPS[path]
 
 
-def open_video(path: str, size_of=None):
-    """A reader for a video file or FOLDER::PATH of a prepared set; size_of as in VideoReader."""
-    return PreparedVideo(path, size_of) if in_set(path) else VideoReader(path, size_of)
+def open_video(path: str, size_of=None, antialias=True):
+    """A reader for a video file or FOLDER::PATH of a prepared set; the rest as in VideoReader."""
+    return (PreparedVideo if in_set(path) else VideoReader)(path, size_of, antialias)
 
 
 def open_movie(path: str, size_of=None):
@@ -121,8 +121,8 @@ def check_stride(paths: list[str], stride: int | None):
 class PreparedVideo:
     """A video of a prepared set; the interface of VideoReader and MovieReader."""
 
-    def __init__(self, path: str, size_of=None):
-        self.path, self.size_of = path, size_of
+    def __init__(self, path: str, size_of=None, antialias=True):
+        self.path, self.size_of, self.antialias = path, size_of, antialias
         folder, name = path.split("::", 1)
         index = read_index(folder)
         self.form, self.kept_every = index["form"], index["sampling_rate"]
@@ -185,7 +185,7 @@ class PreparedVideo:
         size = self.size_of(self.h, self.w) if self.size_of else (self.h, self.w)
         if size == (self.h, self.w):
             return frames
-        return list(resize(torch.from_numpy(np.stack(frames)), *size).numpy())
+        return list(resize(torch.from_numpy(np.stack(frames)), *size, self.antialias).numpy())
 
     def pictures(self, indices) -> list[np.ndarray]:
         """Frame indices of the source (any order, repeats) -> (H, W, 3) uint8 each.
