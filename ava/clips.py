@@ -4,6 +4,7 @@ Movies are read by time stamp, so a clip is the same whatever a file's rate.
 """
 
 from collections import namedtuple
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -138,7 +139,7 @@ class TrainFrames(Samples):
     def __init__(self, frames, seconds, img_size, short_side=256, movie_start=0.0, jitter=True,
                  flip=True, color=(10, 26, 26), seed=0):
         super().__init__([f.path for f in frames], seed)
-        prepared.check_stride(self.paths, 4)  # a sparser set would show frames twice
+        prepared.check_gap(self.paths, seconds)
         self.frames, self.seconds, self.movie_start = frames, seconds, movie_start
         self.img_size, self.short_side = img_size, short_side
         self.jitter, self.flip, self.color = jitter, flip, color
@@ -146,8 +147,8 @@ class TrainFrames(Samples):
     def fit(self, h: int, w: int) -> tuple[int, int]:
         """An h x w frame scaled to the short side, or more where the window would not fit."""
         H, W = self.img_size
-        scale = max(self.short_side / min(h, w), H / h, W / w)
-        return max(H, int(h * scale)), max(W, int(w * scale))
+        scale = max(Fraction(self.short_side, min(h, w)), Fraction(H, h), Fraction(W, w))
+        return int(h * scale), int(w * scale)  # exactly, then rounded down
 
     def window(self, rng, boxes: np.ndarray, h: int, w: int):
         """A random window of an h x w frame -> top, left, boxes in it, which of them it keeps."""
@@ -195,6 +196,7 @@ class TestFrames(torch.utils.data.Dataset):
     """
 
     def __init__(self, frames, seconds, short_side=256, movie_start=0.0, together=8):
+        prepared.check_gap([f.path for f in frames], seconds)
         self.frames, self.seconds = frames, seconds
         self.short_side, self.movie_start = short_side, movie_start
         self.groups = []

@@ -211,7 +211,8 @@ def count_rows(rows: Rows, excluded: set, class_ids: list) -> str:
     if excluded:
         text += f"; {len(set(rows.keys) & excluded)} frames excluded"
     if flat:
-        text += f"; {flat} rows whose box has no area in the frame are left out"
+        text += (f"; {flat} rows have a box without area in the frame: not trained on, missed in "
+                 "tests")
     if unknown:
         first = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
         text += (f"; {np.isin(kept.id, unknown).sum()} labels of {len(unknown)} classes that are "

@@ -65,7 +65,7 @@ def counted(rows: Rows, classes, places: dict, dropped: set, most: int | None = 
     """The rows that count -> frame, column of the class in `classes`, box, score.
 
     places: {key: number of the frame}, to which new keys are added; dropped: keys that do not
-    count; most: only so many rows of a frame, the highest-scored. Boxes without area do not count.
+    count; most: only so many rows of a frame, the highest-scored.
     """
     place = [-1 if key in dropped else places.setdefault(key, len(places)) for key in rows.keys]
     frame = np.array(place, int)[rows.frame]
@@ -76,7 +76,6 @@ def counted(rows: Rows, classes, places: dict, dropped: set, most: int | None = 
         order = kept[np.lexsort((-rows.score[kept], frame[kept]))]  # stable: by frame, by score
         first = np.searchsorted(frame[order], frame[order])
         keep[order[np.arange(len(order)) - first >= most]] = False
-    keep &= (rows.box[:, 2] > rows.box[:, 0]) & (rows.box[:, 3] > rows.box[:, 1])
     return frame[keep], column[keep], rows.box[keep], rows.score[keep]
 
 
@@ -87,10 +86,11 @@ def frame_map(truth: Rows, found: Rows, class_ids, excluded=(), protocol: str = 
     "count": {class id: true boxes}, "flat": {class id: AP}, "flat_map": their mean}: flat is what
     the same boxes get with one score for all, ties taken as one step.
 
-    Classes and frames that do not count and boxes without area are dropped, then comes
-    `true_positives`, then per class over all frames `average_precision`. Detections on frames
-    without true boxes are wrong. protocol "activitynet" instead ignores frames that the truth does
-    not list, and takes the 50 highest-scored rows of a frame only.
+    Classes and frames that do not count are dropped, and detections without area (a true box
+    without area counts as missed). Then comes `true_positives`, then per class over all frames
+    `average_precision`. Detections on frames without true boxes are wrong. protocol "activitynet"
+    instead ignores frames that the truth does not list, and takes the 50 highest-scored rows of a
+    frame only.
     """
     if protocol not in ("paper", "activitynet"):
         raise ValueError(f"protocol={protocol!r}: expected paper or activitynet")
@@ -102,7 +102,9 @@ def frame_map(truth: Rows, found: Rows, class_ids, excluded=(), protocol: str = 
         dropped |= set(found.keys) - set(truth.keys)
         most = 50
     true_frame, true_column, true_box, _ = counted(truth, classes, places, dropped)
-    frame, column, box, score = counted(found, classes, places, dropped, most)
+    rows = counted(found, classes, places, dropped, most)
+    full = (rows[2][:, 2:] > rows[2][:, :2]).all(1)
+    frame, column, box, score = (x[full] for x in rows)
     right = true_positives(frame * K + column, box, score, true_frame * K + true_column, true_box)
     order = np.lexsort((-score, column))  # by class, then by score; stable
     ends = np.searchsorted(column[order], np.arange(K + 1))

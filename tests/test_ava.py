@@ -12,17 +12,18 @@ import torch
 import detect_ava
 import eval as evaluate
 import weights
-from ava.clips import TestFrames, TrainFrames, clip_seconds, crop_boxes, jitter_boxes, key_frames
-from ava.detector import NORMS, Detector, load_detector, pad_frames, roi_align
+from ava.clips import (KeyFrame, TestFrames, TrainFrames, clip_seconds, crop_boxes, jitter_boxes,
+                       key_frames)
+from ava.detector import NORMS, Detector, enlarged, load_detector, pad_frames, roi_align
 from ava.files import (Rows, merge_rows, read_boxes, read_detections, read_excluded,
                        read_label_map, read_rows, write_detections)
 from ava.score import frame_map
 from lib.cubes import position_table
 from model import Encoder, VideoClassifier
 from tests.common import (DETECT, HERE, ava_data, call, checkpoint, clips, difference, mistake,
-                          numbered, raises, released_vit, run, saved, small, test, tiny_ava, tmp,
-                          write)
-from video import decode, toy
+                          numbered, numbers, raises, released_vit, run, saved, small, test,
+                          tiny_ava, tmp, write)
+from video import decode, lists, tools, toy
 
 
 # ---------------------------------------------------------------- ava/files.py
@@ -141,7 +142,7 @@ def slow_frame_map(truth, found, classes, excluded, protocol):
     for c in classes:
         gt = {}
         for key, box, label in truth:
-            if label == c and key not in excluded and full(box):
+            if label == c and key not in excluded and box is not None:
                 gt.setdefault(key, []).append(box)
         used, flags = set(), []
         looked_at = [d for d in found if d[2] == c and d[0] not in excluded and full(d[1])]
@@ -191,9 +192,13 @@ def test_frame_map_by_hand():
     assert score(truth[:1], wrong_first, protocol="activitynet") == 1
     assert score([*truth[:1], (m, None, 0)], wrong_first, protocol="activitynet") == 0.5
     assert score(truth[:1], wrong_first, excluded={m}) == 1
-    assert math.isnan(score([(k, (0, 0, 0, 1), 1)], []))
+    flat = (k, (0.2, 0, 0.2, 1), 1)  # a true box without width is missed, a detected one ignored
+    assert score([flat], []) == score([flat], [(*flat, 0.9)]) == 0
+    assert score([*truth, flat], [(k, a, 1, 0.9), (*flat, 0.8), (k, far, 1, 0.7)]) == 2 / 3
     many = [(k, far, 1, 0.9 - i / 1000) for i in range(50)] + [(k, a, 1, 0.1)]
     assert score(truth[:1], many, protocol="activitynet") == 0 and score(truth[:1], many) == 1 / 51
+    same = [(k, a, 1, 0.5), (k, far, 1, 0.5)]  # equal scores: the order of the rows
+    assert score(truth[:1], same) == 1 and score(truth[:1], same[::-1]) == 0.5
     result = frame_map(as_rows(truth), as_rows([(k, a, 1, 0.9)]), [1, 2])
     assert math.isnan(result["ap"][2]) and result["map"] == 0.5 and result["count"] == {1: 2, 2: 0}
     for order in (1, -1):  # one score for all: precision 2/3 at recall 1, in whatever order
@@ -283,6 +288,10 @@ def test_key_frames_and_clips():
         assert len(videos[epoch, 0][0][1]) == 1
     videos = TrainFrames([tiny], np.zeros(4), (16, 16), 64)  # less than a pixel
     assert len(videos[0, 0][0][1]) == 1
+    videos = TrainFrames([with_box(0, 0, 1, 1)], np.zeros(4), (16, 16), 64)
+    videos.window = lambda rng, boxes, h, w: (24, 40, *crop_boxes(boxes, 24, 40, 16, 16))
+    for epoch in range(20):  # jitter comes before the crop: an end that the crop cuts is not moved
+        assert videos[epoch, 0][0][1].tolist() == [[0, 0, 16, 16]]
     outside = as_rows([(("m", 1), (1.02, 0, 1.08, 1), 3)])  # the frame
     assert not key_frames(outside, {"m": path}, [3])
     far = TrainFrames([frame._replace(second=902), frame], np.zeros(4), (64, 64), 64)
@@ -297,7 +306,53 @@ def test_key_frames_and_clips():
     assert videos[2] == ([], {4: f"{path}: ends at 2.36 s, frames from 901.88 s on were asked for"})
 
 
+@test
+def test_scaled_sizes_are_exact():
+    """The short side is 256 for all of 17,460 sizes (1,083 were a pixel off in floats)."""
+    fit = TrainFrames([], np.zeros(4), (224, 224)).fit
+    floats = 0
+    for h, w in itertools.product(range(161, 341), range(320, 417)):
+        low = min(h, w)
+        assert fit(h, w) == (256 * h // low, 256 * w // low), (h, w)
+        floats += fit(h, w) != (int(h * (256 / low)), int(w * (256 / low)))
+    assert fit(161, 320) == (256, 508) and floats == 1083
+    tall = TrainFrames([], np.zeros(4), (320, 224)).fit  # a window that is higher than 256
+    assert tall(240, 321) == (320, 428) and tall(361, 240) == (385, 256)
+
+
+@test
+def test_detection_from_a_sparse_set():
+    """A set serves clips whose frames are as far apart as what it keeps; denser ones it refuses."""
+    movie = write("sparse_movie.mp4", numbered(40, 32, 48), g=8)  # 25 frames/s
+    lists.write_list(tmp("sparse_movie.tsv"), [(movie, None)])
+    box, frames = np.array([[0, 0, 1, 1]], np.float32), {}
+    for kept in (3, 4):
+        folder = tmp(f"sparse_set_{kept}")
+        call(tools, "prepare", tmp("sparse_movie.tsv"), folder, "--sampling_rate", kept)
+        frames[kept] = [KeyFrame(f"{folder}::{movie}", "m", 1, box, np.ones((1, 1), bool),
+                                 np.ones(1))]
+    for kept, rate, fps in ((3, 4, 25), (3, 3, 25), (3, 5, 30), (4, 4, 25), (4, 4, 24)):
+        seconds = clip_seconds(4, rate, fps)
+        clip = TrainFrames(frames[kept], seconds, (32, 48), 32, flip=False)[0, 0][0][0][0]
+        (_, pixels, where), = TestFrames(frames[kept], seconds, 32)[0][0]
+        for shown in (clip, pixels[where[0]]):
+            assert len(set(numbers(shown.numpy()).tolist())) == 4, (kept, rate, fps)
+    for kept, rate, fps in ((3, 2, 25), (4, 3, 25), (4, 4, 50)):
+        says = f"a frame every {kept / 25:.3f} s", f"every {rate / fps:.3f} s", f"below {kept}"
+        with raises(movie, *says):
+            TrainFrames(frames[kept], clip_seconds(4, rate, fps), (32, 32))
+        with raises(movie, *says):
+            TestFrames(frames[kept], clip_seconds(4, rate, fps))
+
+
 # ---------------------------------------------------------------- ava/detector.py
+
+@test
+def test_enlarged_boxes():
+    """5 % of the width, 2.5 % of the height at each end; no pixel is added to either."""
+    boxes = np.array([[0.25, 0.25, 0.75, 0.75], [0.9, 0, 1, 0.5]])
+    assert enlarged(boxes, 100, 200).tolist() == [[45, 23.75, 155, 76.25], [179, 0, 200, 51.25]]
+
 
 def slow_roi_align(feature, box, scale, bins, aligned):
     """Loop-by-loop RoIAlign of one box, feature (D, h, w) float64 -> (D, bins, bins)."""

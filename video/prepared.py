@@ -118,6 +118,18 @@ def check_stride(paths: list[str], stride: int | None):
                              f"`--sampling_rate {stride}`")
 
 
+def check_gap(paths: list[str], seconds: np.ndarray):
+    """ValueError where a clip with frames at `seconds` would show a kept frame of a set twice."""
+    wanted = np.diff(seconds).min(initial=np.inf)
+    for path in dict.fromkeys(path for path in paths if in_set(path)):
+        with contextlib.suppress(VideoError), PreparedVideo(path) as video:
+            gap = video.kept_every * (video.times[-1] - video.times[0]) / max(len(video) - 1, 1)
+            if video.kept_every > 1 and gap > 1.05 * wanted:  # 24 frames/s are taken for 25
+                raise ValueError(f"{path}: the set keeps a frame every {gap:.3f} s, clips have one "
+                                 f"every {wanted:.3f} s: expected a set prepared with a "
+                                 f"--sampling_rate below {video.kept_every}")
+
+
 class PreparedVideo:
     """A video of a prepared set; the interface of VideoReader and MovieReader."""
 
