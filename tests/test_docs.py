@@ -6,12 +6,16 @@ import math
 import os
 import re
 import shutil
+import sys
+import types
+import unittest.mock
 
 import numpy as np
+import torch
 
 import pretrain
-from tests.common import (HERE, call, checkpoint, flags_of, kill_tree, log_rows, read, run, start,
-                          test, test_each, tmp, toy_videos)
+from tests.common import (HERE, call, checkpoint, flags_of, kill_tree, log_rows, numbered, read,
+                          run, start, test, test_each, tmp, toy_videos, write)
 from video import toy
 
 PAGES = ["README.md", *(os.path.relpath(page, HERE)
@@ -128,6 +132,26 @@ def apply(block, folder):
         lines += first
         with open(path, "w", encoding="utf-8") as f:
             f.write("\n".join(lines) + "\n")
+
+
+@test
+def test_boxes_of_ones_own_movie():
+    """detection.md's lines for a person detector write a row for every second of a movie."""
+    code = next(text for kind, text in fences(read("docs/detection.md")) if kind == "python")
+    found = dict(boxes=torch.tensor([[12.0, 16, 24, 48]]), labels=[1], scores=[0.9])
+    modules = {name: types.ModuleType(name) for name in
+               ("torchvision", "torchvision.models", "torchvision.models.detection")}
+    detector = unittest.mock.Mock(return_value=[found])
+    detector.eval.return_value = detector
+    modules["torchvision.models.detection"].fasterrcnn_resnet50_fpn_v2 = lambda weights: detector
+    for n in (20, 60):  # 0.76 and 2.36 s
+        movie, boxes = write("my.mp4", numbered(n, 64, 96), g=8), tmp("my_boxes.csv")
+        with unittest.mock.patch.dict(sys.modules, modules):
+            exec(code.replace("my.mp4", movie).replace("my_boxes.csv", boxes), {})
+        with open(boxes) as f:
+            rows = f.read().splitlines()
+        assert rows == [f"my,{second},0.1250,0.2500,0.2500,0.7500,,0.900"
+                        for second in range(n // 25 + 1)], rows
 
 
 @functools.cache
