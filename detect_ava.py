@@ -332,7 +332,7 @@ def main():
         run.update(args.clip_grad)
 
         if run.due(args.log_every):
-            run.log(f"loss {{loss:.4f}} (class shares {shares_loss:.4f})")
+            run.log("loss {loss:.4f} (class shares {class_shares:.4f})", class_shares=shares_loss)
         due = run.step == run.total_steps or passed(run.step) > passed(step)
         if val_frames and due and not (run.stopping or run.failure):
             with run.paused():

@@ -7,6 +7,7 @@
     python eval.py --ckpt out/pretrain/last.pt --features my_videos/   # .npz with time stamps
     python eval.py --ckpt out/pretrain/last.pt --reconstruct my.mp4 --mask_ratio 0.75 0.9 0.95
     python eval.py --ckpt out/finetune/best.pt --attention my.mp4
+    python eval.py --plot out/pretrain out/finetune                          # curves.png
 
 --ckpt takes our checkpoints, the paper's released .pth files and Hugging Face folders. Each video
 is decoded once for all its views, in a test 5 clips x 3 crops. A video that cannot be read is
@@ -26,12 +27,13 @@ import numpy as np
 import torch
 
 import masking
+from lib import plot
 from lib.features import (attention_rollout, features, heat, neighbours, ridge,
                           window_features)
 from lib.process import (Parser, Process, count, device_flags, inner, positive, random_seed,
                          script_main, whole)
 from lib.reconstruct import panels
-from lib.views import TestVideos, cut, run_views, scores
+from lib.views import TestVideos, cut, run_views, say_scores, scores
 from model import VideoClassifier
 from video import lists, toy
 from video.decode import VideoError
@@ -58,6 +60,8 @@ def get_args(argv=None) -> argparse.Namespace:
                    help="draw what a classifier attends to")
     g.add_argument("--export_hf", metavar="DIR",
                    help="write the model for Hugging Face transformers")
+    g.add_argument("--plot", nargs="+", metavar="DIR",
+                   help="draw the curves of runs, each given by its out_dir")
     g = p.add_argument_group("model")
     g.add_argument("--ckpt", help="ours, a .pth or a Hugging Face folder (--toy: finetune.py's)")
     g.add_argument("--classes",
@@ -110,7 +114,7 @@ def get_args(argv=None) -> argparse.Namespace:
             p.preset(data=["toy"], num_segments=2)
     args = p.parse_args(argv)
     mode = mode_of(args)
-    if not args.ckpt:
+    if not args.ckpt and mode != "plot":
         p.error("--ckpt: which model? expected a checkpoint, or --toy")
     only = dict(window=["predict"], hop=["predict", "features"], json=["predict"],
                 layer=["features", "knn"], mp4=["reconstruct", "attention"], top=["predict"],
@@ -139,7 +143,7 @@ def get_args(argv=None) -> argparse.Namespace:
 
 def mode_of(args) -> str:
     """What the flags ask for."""
-    return next((m for m in (*SINGLE, "knn", "export_hf") if getattr(args, m)), "test")
+    return next((m for m in (*SINGLE, "knn", "export_hf", "plot") if getattr(args, m)), "test")
 
 
 # ---- labelled videos, on any number of ranks ----
@@ -160,9 +164,9 @@ def average_views(args, run, function, videos: TestVideos, num_crops: int):
                      run.host_group, tell)
 
 
-def test(args, run, model, classes, clip_args):
-    """Multi-view accuracy; predictions.csv and result.json in out_dir."""
-    paths, names = lists.read_all(args.data, args.data_root, "toy/val")
+def test(args, run, model, classes, clip_args, files):
+    """Multi-view accuracy; predictions.csv, result.json and confusions.png in out_dir."""
+    paths, names = files["data"]
     labels = np.array(lists.class_ids(names, classes, paths, args.ckpt))
     videos = TestVideos(paths, num_segments=args.num_segments or 5, **clip_args)
     num_crops = args.num_crops or 3
@@ -173,12 +177,10 @@ def test(args, run, model, classes, clip_args):
     p, true = np.stack(list(probs.values())), labels[list(probs)]  # (V, K), (V,)
     result = scores(p, true)
     run.say(f"{len(p)} videos x {videos.num_segments} clips x {num_crops} crops: "
-            f"top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f}, "
-            f"mean per-class accuracy {result['per_class']:.2f}")
+            f"{say_scores(result, len(classes))}")
     if failed:
-        top1, top5 = (result[k] * len(p) / len(paths) for k in ("top1", "top5"))
         run.say(f"{len(failed)} of {len(paths)} videos could not be read; counted as wrong, top-1 "
-                f"is {top1:.2f}, top-5 {top5:.2f}:")
+                f"is {result['top1'] * len(p) / len(paths):.2f}:")
         for why in list(failed.values())[:10]:
             run.say(f"  {why}")
         if len(failed) > 10:
@@ -192,6 +194,12 @@ def test(args, run, model, classes, clip_args):
         with open(os.path.join(args.out_dir, "result.json"), "w") as f:
             json.dump(result, f, indent=1)
         run.say(f"per video: {path}")
+        path = os.path.join(args.out_dir, "confusions.png")
+        try:
+            plot.confusions(true, p.argmax(1), classes, path)
+            run.say(f"drawn: {path}")
+        except ValueError as e:
+            run.say(f"confusions.png was not drawn: {e}")
 
 
 def say_confusions(run, true, guesses, classes):
@@ -223,10 +231,9 @@ def write_predictions(path: str, paths, labels, probs: dict, failed: dict, class
                            f"{p[label]:.6f}", place, " | ".join(classes[c] for c in order[:5]), ""])
 
 
-def knn(args, run, model, classes, clip_args):
+def knn(args, run, model, classes, clip_args, files):
     """Accuracy of nearest neighbours among frozen training features, and of a linear map."""
-    train, names = lists.read_all(args.knn, args.data_root, "toy/train")
-    val, val_names = lists.read_all(args.data, args.data_root, "toy/val")
+    (train, names), (val, val_names) = files["knn"], files["data"]
     classes, known = lists.class_names([name for name in names if name]), " ".join(args.knn)
     parts = [(train, lists.class_ids(names, classes, train, known)),
              (val, lists.class_ids(val_names, classes, val, known))]
@@ -258,9 +265,9 @@ def knn(args, run, model, classes, clip_args):
 
 # ---- single files ----
 
-def predict(args, run, model, classes, clip_args):
-    """Prints names and probabilities of each file, or of each window of it."""
-    paths, _ = lists.read_all(args.predict, args.data_root, "toy/val")
+def predict(args, run, model, classes, clip_args, files):
+    """Prints and writes names and probabilities of each file, or of each window of it."""
+    paths, _ = files["predict"]
     videos = TestVideos(paths, num_segments=args.num_segments or 1, **clip_args)
     results = []
     for path in paths:
@@ -269,9 +276,7 @@ def predict(args, run, model, classes, clip_args):
             with videos.open(path) as video:
                 seconds, windows = video.times[-1] - video.times[0], [(0.0, math.inf)]
                 if args.window:
-                    starts = np.arange(0, max(seconds, 1e-9), args.hop or args.window).tolist()
-                    windows = [(start, start + args.window) for start in starts[:-1]]
-                    windows.append((starts[-1], math.inf))
+                    windows = windows_of(seconds, args.window, args.hop or args.window)
                 for start, end in windows:
                     frames, index = videos.clips(video, start, end)
                     views = cut(frames.to(run.device), index.to(run.device), videos.img_size,
@@ -292,7 +297,30 @@ def predict(args, run, model, classes, clip_args):
             run.say(f"  failed: {e}")
     if args.json:
         print(json.dumps(results, indent=1))
+    path = os.path.join(args.out_dir, "predicted.csv")
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        rows = csv.writer(f)
+        rows.writerow(["path", "start", "end", "place", "class", "probability", "failed"])
+        for r in results:
+            where = r["path"], r.get("start", ""), r.get("end", "")
+            rows.writerows([*where, i, n["name"], n["probability"], ""]
+                           for i, n in enumerate(r.get("classes", []), 1))
+            rows.writerows([[*where, "", "", "", r["failed"]]] if "failed" in r else [])
+    run.say(f"as a table: {path}")
     return 1 if any("failed" in r for r in results) else 0
+
+
+def windows_of(seconds: float, window: float, hop: float) -> list[tuple[float, float]]:
+    """(start, end) in seconds of the windows of a video; the last goes on to the video's end.
+
+    One that would hold less than half a window is left out.
+    """
+    starts = [s for s in np.arange(0, max(seconds, 1e-9), hop).tolist()
+              if seconds - s >= window / 2] or [0.0]
+    windows = [(start, start + window) for start in starts]
+    if seconds - starts[-1] < 1.5 * window:
+        windows[-1] = starts[-1], math.inf
+    return windows
 
 
 def file_stem(args, number: int, path: str) -> str:
@@ -301,9 +329,9 @@ def file_stem(args, number: int, path: str) -> str:
     return os.path.join(args.out_dir, f"{number:05d}_{name}")
 
 
-def write_features(args, run, model, classes, clip_args):
+def write_features(args, run, model, classes, clip_args, files):
     """<out_dir>/<number>_<name>.npz with features, start and end in seconds of each window."""
-    paths, _ = lists.read_all(args.features, args.data_root, "toy/val")
+    paths, _ = files["features"]
     videos, bad = TestVideos(paths, **clip_args), 0
     for number, path in enumerate(paths):
         try:
@@ -321,11 +349,10 @@ def write_features(args, run, model, classes, clip_args):
     return 1 if bad else 0
 
 
-def draw(args, run, model, classes, clip_args):
+def draw(args, run, model, classes, clip_args, files):
     """--reconstruct and --attention: a PNG per file, with --mp4 a video too."""
-    sources = args.attention or args.reconstruct
     look = attention_rows if args.attention else reconstruction_rows
-    paths, _ = lists.read_all(sources, args.data_root, "toy/val")
+    paths, _ = files[mode_of(args)]
     videos, bad = TestVideos(paths, **clip_args), 0
     for number, path in enumerate(paths):
         try:
@@ -406,9 +433,23 @@ def check_model(args, model, about) -> list[str] | None:
 def main():
     args = get_args()
     mode = mode_of(args)
+    if mode == "plot":
+        os.makedirs(args.out_dir, exist_ok=True)
+        path = os.path.join(args.out_dir, "curves.png")
+        print(*plot.curves(args.plot, path), path, sep="\n")
+        return
     run = Process(args, host_only=True, quiet=args.json)
     if mode not in ("test", "knn") and run.world > 1:
         raise ValueError("only the test and --knn run on several ranks: leave out torchrun")
+
+    # ---- videos: looked for before a model is loaded
+    sources = dict(data=args.data, knn=args.knn, predict=args.predict, features=args.features,
+                   reconstruct=args.reconstruct, attention=args.attention)
+    sources = {name: some for name, some in sources.items() if some}
+    if any("toy" in some for some in sources.values()):
+        run.once(toy.make_toy, log=run.say)
+    files = {name: lists.read_all(some, args.data_root, f"toy/{'train' * (name == 'knn') or 'val'}")
+             for name, some in sources.items()}
 
     # ---- model: weights, class names, and how its clips were sampled
     img_size = (args.img_size, args.img_size) if args.img_size else None
@@ -439,13 +480,10 @@ def main():
         run.say(f"{args.export_hf}: {kind}, {files}")
         return run.close()
     os.makedirs(args.out_dir, exist_ok=True)
-    sources = (args.data or []) + ([] if mode == "test" else getattr(args, mode))
-    if "toy" in sources:
-        run.once(toy.make_toy, log=run.say)
     do = dict(test=test, knn=knn, predict=predict, features=write_features, reconstruct=draw,
               attention=draw)[mode]
     with run.autocast, torch.no_grad():
-        status = do(args, run, model, classes, clip_args)
+        status = do(args, run, model, classes, clip_args, files)
     run.close()
     return status
 

@@ -27,7 +27,7 @@ from lib.optim import lr_at, param_groups
 from lib.process import (Parser, amount, count, fraction, optim_flags, portion, positive, run_flags,
                          script_main, share, whole)
 from lib.run import Run
-from lib.views import TestVideos, run_views, scores
+from lib.views import TestVideos, run_views, say_scores, scores
 from model import SIZES, VideoClassifier, count_params
 from video import augment, lists, toy
 from weights import encoder_shape, load_pretrained
@@ -258,9 +258,8 @@ def main():
                            val_top5=result["top5"], val_per_class=result["per_class"],
                            val_videos=len(probs), val_failed=len(failed),
                            epoch=run.epoch(run.step)))
-        run.say(f"validation at step {run.step}: top-1 {result['top1']:.2f}, top-5 "
-                f"{result['top5']:.2f}, per class {result['per_class']:.2f}, loss "
-                f"{result['loss']:.4f} ({len(probs)} videos, one view"
+        run.say(f"validation at step {run.step}: {say_scores(result, len(classes))}, "
+                f"loss {result['loss']:.4f} ({len(probs)} videos, one view"
                 + ", averaged weights" * bool(ema) + ")"
                 + f"; {len(failed)} could not be read" * bool(failed), flush=True)
         validated = run.step
@@ -298,7 +297,7 @@ def main():
                                      1 - args.ema)
 
         if run.due(args.log_every):
-            run.log(f"loss {{loss:.4f}} (uniform {math.log(len(classes)):.3f})")
+            run.log("loss {loss:.4f} (uniform {uniform:.3f})", uniform=math.log(len(classes)))
         due = run.step == run.total_steps or passed(run.step) > passed(step)
         if val_paths and due and not (run.stopping or run.failure):
             with run.paused():

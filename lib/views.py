@@ -170,3 +170,9 @@ def scores(probs: np.ndarray, labels: np.ndarray) -> dict:
     return dict(top1=float(100 * right.mean()), top5=float(100 * (place < 5).mean()),
                 per_class=float(100 * np.mean(per_class)),
                 loss=float(-np.log(np.maximum(true, 1e-12)).mean()))
+
+
+def say_scores(result: dict, num_classes: int) -> str:
+    """What `scores` gave, in words; of fewer than six classes the first five are all of them."""
+    top5 = f", top-5 {result['top5']:.2f}" if num_classes > 5 else ""
+    return f"top-1 {result['top1']:.2f}{top5}, per class {result['per_class']:.2f}"

@@ -2,7 +2,7 @@
 
 import csv
 import functools
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 
 import weights
+from lib import plot
 from lib.features import attention_rollout, features, heat, neighbours, ridge
 from lib.views import TestVideos, cut, scores, view_indices
 from model import VideoClassifier
-from tests.common import call, mistake, run, small, test, tmp, write
+from tests.common import Skip, call, mistake, run, small, test, tmp, write
 from video import decode, lists, pictures, toy
 
 evaluate = importlib.import_module("eval")  # `import eval` would hide the builtin
@@ -258,6 +259,11 @@ def test_predict_and_windows():
     assert all(abs(c["probability"] - p["abc".index(c["name"])]) < 1e-5 for c in classes)
     windows = json.loads(call(evaluate, *base, "--json", "--window", 0.6))
     assert [(w["start"], w["end"]) for w in windows] == [(0, 0.6), (0.6, 1.2), (1.2, 1.76)]
+    with open(tmp("pr", "predicted.csv"), newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == 9 and [float(r["start"]) for r in rows[::3]] == [0, 0.6, 1.2]
+    for row, name in zip(rows[6:], windows[2]["classes"]):
+        assert row["class"] == name["name"] and float(row["probability"]) == name["probability"]
     middle = TestVideos([], 4, (32, 32), 3)
     with decode.VideoReader(path, middle.fit) as video:
         # frames 0..14, 30..44, all
@@ -266,6 +272,16 @@ def test_predict_and_windows():
             assert (frames[index[0]].numpy() == video.frames(range(first, first + 12, 3))).all()
     assert "a " in call(evaluate, *base)
     assert " to " in call(evaluate, *base, "--window", 1, "--hop", 0.5)
+
+
+@test
+def test_windows():
+    """A window of less than half its length is left out; the last one ends with the video."""
+    assert evaluate.windows_of(10.5, 4, 4) == [(0, 4), (4, 8), (8, math.inf)]
+    assert evaluate.windows_of(9.9, 4, 4) == [(0, 4), (4, math.inf)]
+    assert evaluate.windows_of(1, 4, 4) == evaluate.windows_of(0, 4, 4) == [(0, math.inf)]
+    assert evaluate.windows_of(6, 4, 2) == [(0, 4), (2, 6), (4, math.inf)]
+    assert evaluate.windows_of(19, 2, 10) == [(0, 2), (10, 12)]
 
 
 @test
@@ -362,3 +378,35 @@ def test_eval_mistakes():
     open(bad, "w").write(open(listed).read().replace("\ta", "\tzebra"))
     text = run("eval.py", "--ckpt", ckpt, "--data", bad, ok=False)
     assert "zebra" in text and "a, b, c" in text and "Traceback" not in text
+
+
+# ---------------------------------------------------------------- lib/plot.py
+
+@test
+def test_curves_and_confusions():
+    """Curves hold every logged loss, baseline and score; confusions count videos; both are PNGs."""
+    runs = tmp("curves_a"), tmp("curves_b")
+    for folder in runs:
+        os.makedirs(folder)
+    with open(os.path.join(runs[0], "log.jsonl"), "w") as f:
+        f.writelines(json.dumps(dict(step=i, loss=1 / i, zeros=0.9, lr=1e-3, waiting=0.25)) + "\n"
+                     for i in (1, 2, 4))
+    with open(os.path.join(runs[1], "log.jsonl"), "w") as f:
+        f.write('{"step": 3, "loss": null, "waiting": 0.5}\n{"step": 3, "val_top1": 40.0}\n')
+    if not importlib.util.find_spec("matplotlib"):
+        assert "pip install matplotlib" in mistake(evaluate, "--plot", *runs, "--out_dir", runs[0])
+        raise Skip("needs matplotlib")
+    said = call(evaluate, "--plot", *runs, "--out_dir", runs[0])
+    assert f"{runs[0]}: step 4, loss 0.25, zeros 0.9, waiting 25\n" in said
+    assert f"{runs[1]}: step 3, val_top1 40, waiting 50\n" in said
+    picture = decode.VideoReader(os.path.join(runs[0], "curves.png")).frames([0])[0]
+    assert picture.shape == (450, 1800, 3) and (picture != 255).any()  # 3 panels
+    assert "expected a run's out_dir" in mistake(evaluate, "--plot", tmp("none"), "--out_dir", runs[0])
+
+    path = os.path.join(runs[0], "confusions.png")
+    plot.confusions(np.array([0, 0, 0, 2, 2, 2]), np.array([0, 0, 2, 2, 2, 2]), list("abc"), path)
+    picture = decode.VideoReader(path).frames([0])[0].reshape(-1, 3).astype(int)
+    from matplotlib import colormaps
+    for share in (2 / 3, 1 / 3, 0, 1):  # of a's and c's videos
+        color = 255 * np.array(colormaps["Blues"](share)[:3])
+        assert (abs(picture - color).max(1) < 3).sum() > 1000, share  # a square is full of it

@@ -30,12 +30,13 @@ def draw_text(image: np.ndarray, text: str, y: int, x: int, scale: int = 1, colo
 def strip(frames: np.ndarray, label: str, columns: int = 8) -> np.ndarray:
     """(T, H, W, 3) uint8 -> up to `columns` frames side by side under a label."""
     shown = np.linspace(0, len(frames) - 1, min(columns, len(frames))).astype(int)
-    zoom = max(1, 112 // frames.shape[1])
+    # until one can see the frames and read the label
+    zoom = max(1, 112 // frames.shape[1], -(-224 // (len(shown) * (frames.shape[2] + 2))))
     large = frames[shown].repeat(zoom, 1).repeat(zoom, 2)
     gaps = (0, 0), (0, 2), (0, 2), (0, 0)  # white pixels below and to the right of each
     row = np.concatenate(list(np.pad(large, gaps, constant_values=255)), 1)
     title = np.full((14, row.shape[1], 3), 255, np.uint8)
-    draw_text(title, label, 2, 2, 2)
+    draw_text(title, label, 2, 2, 2 if 8 * len(label) + 2 <= row.shape[1] else 1)
     return np.concatenate([title, row])
 
 
