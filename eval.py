@@ -33,7 +33,7 @@ from lib.features import (attention_rollout, features, heat, neighbours, ridge,
 from lib.process import (Parser, Process, count, device_flags, inner, positive, random_seed,
                          script_main, whole)
 from lib.reconstruct import panels
-from lib.views import TestVideos, cut, run_views, say_scores, scores
+from lib.views import TestVideos, clip_settings, cut, run_views, say_scores, scores
 from model import VideoClassifier
 from video import lists, toy
 from video.decode import VideoError
@@ -456,15 +456,9 @@ def main():
     model, about = build_model(args.ckpt, args.num_frames, img_size,
                                run.rank == 0 and not args.json, args.positions)
     model.to(run.device)
-    classes, trained = check_model(args, model, about), about["args"]
-    clip_args = dict(num_frames=model.config["num_frames"],
-                     img_size=tuple(model.config["img_size"]),
-                     stride=args.sampling_rate or trained.get("sampling_rate", 4),
-                     fps=args.fps or trained.get("fps"),
-                     sampling=args.sampling or trained.get("sampling", "dense"),
-                     antialias=args.antialias)
-    if args.antialias is None:
-        clip_args["antialias"] = trained.get("antialias", True)
+    classes = check_model(args, model, about)
+    clip_args = clip_settings(model, about, sampling_rate=args.sampling_rate, fps=args.fps,
+                              sampling=args.sampling, antialias=args.antialias)
     kind = "without classes"
     if isinstance(model, VideoClassifier):
         kind = f"classifier of {len(classes)} classes"

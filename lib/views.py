@@ -109,6 +109,30 @@ class TestVideos(torch.utils.data.Dataset):
             return i, torch.empty(0), torch.empty(0), str(e)
 
 
+def clip_settings(model, about: dict, **given) -> dict:
+    """How a model's clips are sampled, as arguments of TestVideos.
+
+    given: sampling_rate, fps, sampling, antialias; what is None there is as in training, which
+    `about` (of weights.build_model) tells, else every 4th frame, antialiased.
+    """
+    chosen = dict(sampling_rate=4, fps=None, sampling="dense", antialias=True)
+    for source in (about["args"], given):
+        chosen |= {k: source[k] for k in chosen if source.get(k) is not None}
+    stride = chosen.pop("sampling_rate")
+    return dict(num_frames=model.config["num_frames"], img_size=tuple(model.config["img_size"]),
+                stride=stride, **chosen)
+
+
+def read_clip(path: str, model, about: dict) -> torch.Tensor:
+    """The middle clip of a video, sampled as the model was trained: (1, T, H, W, C) uint8.
+
+    model and about: of weights.build_model. VideoError names a file that cannot be read.
+    """
+    videos = TestVideos([path], **clip_settings(model, about))
+    with videos.open(path) as video:
+        return cut(*videos.clips(video), videos.img_size, 1)
+
+
 @torch.no_grad()
 def run_views(function, videos: TestVideos, num_crops: int, device, batch_size: int,
               num_workers: int, host_group=None, progress=None) -> tuple[dict, dict]:

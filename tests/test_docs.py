@@ -15,8 +15,9 @@ import torch
 
 import pretrain
 from tests.common import (HERE, call, checkpoint, flags_of, kill_tree, log_rows, numbered, read,
-                          run, start, test, test_each, tmp, toy_videos, write)
+                          run, saved, small, start, test, test_each, tmp, toy_videos, write)
 from video import toy
+from video.decode import VideoReader
 
 PAGES = ["README.md", *(os.path.relpath(page, HERE)
                         for page in sorted(glob.glob(os.path.join(HERE, "docs", "*.md"))))]
@@ -154,11 +155,29 @@ def test_boxes_of_ones_own_movie():
                         for second in range(n // 25 + 1)], rows
 
 
+@test
+def test_features_in_a_few_lines():
+    """README's lines give the middle clip's features, as the encoder and its final norm do."""
+    code = next(text for kind, text in fences(read("README.md")) if kind == "python")
+    model = small(num_frames=4, img_size=(16, 16)).eval()
+    path = saved("x.pt", dict(model=model.state_dict(), config=model.config,
+                              args=dict(sampling_rate=2)))
+    frames = numbered(21, 16, 16)
+    movie, names = write("own.mp4", frames, crf=0), {}
+    exec(code.replace("out/pretrain/last.pt", path).replace("my.mp4", movie), names)
+    with VideoReader(movie) as video:
+        clip = torch.from_numpy(video.frames([6, 8, 10, 12]))[None]  # of 11 at stride 2, the middle
+    with torch.no_grad():
+        x = model.encoder.norm(model.encoder(clip)).mean(1)
+    assert names["x"].shape == (1, 128) and torch.allclose(names["x"], x, atol=1e-6)
+
+
 @functools.cache
 def recipes():
-    """{name: diff} of README's section on forks."""
+    """{name: diff} of README's section on forks and of its page."""
     section = re.search(r"^## +How to hack it.*?(?=^## )", read("README.md"), re.M | re.S)[0]
-    return dict(re.findall(r"^\*\*(.*?)\*\*.*?\n```diff\n(.*?)^```", section, re.M | re.S))
+    return dict(re.findall(r"^\*\*(.*?)\*\*.*?\n```diff\n(.*?)^```",
+                           section + read("docs/hacking.md"), re.M | re.S))
 
 
 RECIPES = ["A mask", "A loss", "A target", "A data source", "Another optimiser",
@@ -167,7 +186,7 @@ RECIPES = ["A mask", "A loss", "A target", "A data source", "Another optimiser",
 
 @test_each(RECIPES)
 def test_fork(name):
-    """README's changes apply to the code as it is; the fork trains, and goes on when stopped."""
+    """The changes that README and hacking.md show apply to the code as it is; the fork trains, and goes on when stopped."""
     assert sorted(recipes()) == sorted(RECIPES)
     fork = tmp(f"fork_{name}")
     keep = shutil.ignore_patterns(".*", "out", "toy", "toy_*", "tests", "docs")
@@ -201,5 +220,5 @@ def test_fork(name):
 
 @test
 def test_readme_is_short():
-    """README.md has at most 240 lines, some of them for a fork's own."""
-    assert len(read("README.md").splitlines()) <= 240
+    """README.md has at most 220 lines, some of them for a fork's own."""
+    assert len(read("README.md").splitlines()) <= 220
