@@ -448,7 +448,7 @@ def main():
     sources = {name: some for name, some in sources.items() if some}
     if any("toy" in some for some in sources.values()):
         run.once(toy.make_toy, log=run.say)
-    files = {name: lists.read_all(some, args.data_root, f"toy/{'train' * (name == 'knn') or 'val'}")
+    files = {name: run.videos(some, args.data_root, f"toy/{'train' * (name == 'knn') or 'val'}")
              for name, some in sources.items()}
 
     # ---- model: weights, class names, and how its clips were sampled

@@ -146,7 +146,7 @@ def main():
     with_toy = "toy" in args.data + (args.val_data or [])
     if with_toy:
         run.once(toy.make_toy)
-    paths, names = lists.read_all(args.data, args.data_root, "toy/train")
+    paths, names = run.videos(args.data, args.data_root, "toy/train", max_bad=args.max_bad)
     classes = lists.class_names([name for name in names if name is not None])
     labels = lists.class_ids(names, classes, paths, "the training data")
     if len(classes) < 2:
@@ -156,7 +156,7 @@ def main():
         paths, labels = lists.first_of_each(paths, labels, args.per_class)
     val_paths, val_labels = [], []
     if args.val_data or with_toy:
-        val_paths, names = lists.read_all(args.val_data or ["toy"], args.data_root, "toy/val")
+        val_paths, names = run.videos(args.val_data or ["toy"], args.data_root, "toy/val")
         val_labels = lists.class_ids(names, classes, val_paths, "the training data")
     for line in lists.describe(classes, paths, labels, val_paths, val_labels):
         run.say(line)

@@ -93,10 +93,10 @@ def main():
     with_toy = "toy" in args.data + (args.val_data or [])
     if with_toy:
         run.once(toy.make_toy)
-    read = lambda sources, part: lists.read_all(sources, args.data_root, part, args.out_dir)[0]
-    paths, val_paths = read(args.data, "toy/train"), []
+    root, out = args.data_root, args.out_dir
+    paths, val_paths = run.videos(args.data, root, "toy/train", out, args.max_bad)[0], []
     if args.val_data or with_toy:
-        val_paths = read(args.val_data or ["toy"], "toy/val")
+        val_paths = run.videos(args.val_data or ["toy"], root, "toy/val", out)[0]
     twice = 2 if args.target == "dense" else 1  # the frames, at half the distance
     clip_args = dict(num_frames=args.num_frames * twice, img_size=(args.img_size,) * 2,
                      stride=args.sampling_rate // twice, fps=args.fps and args.fps * twice,

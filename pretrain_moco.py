@@ -128,7 +128,8 @@ def main():
     # ---- data
     if "toy" in args.data:
         run.once(toy.make_toy_shapes)
-    paths, _ = lists.read_all(args.data, args.data_root, "toy_shapes/train", args.out_dir)
+    paths, _ = run.videos(args.data, args.data_root, "toy_shapes/train", args.out_dir,
+                          args.max_bad)
     if args.batch_size * run.world < 2:
         raise ValueError("--batch_size 1: nothing to contrast with, expected 2 or more")
     train_set = data.ViewPairs(paths, [], num_frames=args.num_frames,

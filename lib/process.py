@@ -10,6 +10,8 @@ import sys
 import torch
 import torch.distributed as dist
 
+from video import lists
+
 # ---- types of flags: a value out of range ends the program, which says what is allowed ----
 
 def number(kind, allowed: str, fits):
@@ -234,6 +236,26 @@ class Process:
         if self.local_rank == 0:
             function(*args, **kwargs)
         self.barrier()
+
+    def videos(self, sources: list, data_root: str, toy: str, outside: str | None = None,
+               max_bad: float = 1.0) -> tuple[list[str], list[str | None]]:
+        """lists.read_all; says which files do not exist, on rank 0 the first ten of them.
+
+        ValueError, on all ranks, where they are more than max_bad of the files. The first rank of
+        each machine looks; the machine that lacks most speaks for all.
+        """
+        paths, labels = lists.read_all(sources, data_root, toy, outside)
+        gone = lists.missing(paths) if self.local_rank == 0 else []
+        count, some = max(self.gather((len(gone), gone[:10])))
+        if count:
+            self.say(f"{count} of {len(paths)} files do not exist:")
+            for path in some + ["..."] * (count > 10):
+                self.say(f"  {path}")
+        if count > max_bad * len(paths):
+            raise ValueError(f"{count} of {len(paths)} files do not exist, more than --max_bad "
+                             f"{max_bad:g}, the first: {some[0]}; `python data.py check SOURCE "
+                             "--write_good good.tsv` makes a list without them")
+        return paths, labels
 
     def barrier(self):
         """Waits until all ranks are here."""

@@ -1,5 +1,6 @@
 """data.py: samplers, crops and the data sets of the stages."""
 
+import argparse
 import os
 import unittest.mock
 
@@ -7,12 +8,15 @@ import numpy as np
 import torch
 
 import data
+import eval as evaluate
 import finetune
 import pretrain
 import pretrain_moco
+import pretrain_vicmae
 from lib import feed
-from tests.common import (mistake, numbered, numbers, raises, run, test, tmp, toy_videos,
-                          write)
+from lib.process import Process
+from tests.common import (TUNE, call, labelled, mistake, numbered, numbers, raises, run, test, tmp,
+                          toy_videos, write)
 from video import decode, lists, pictures
 
 
@@ -158,6 +162,42 @@ def test_pictures_are_no_clips():
         text = mistake(script, "--data", tmp("frames"), "--size", "tiny", "--device", "cpu",
                        "--batch_size", 2, "--out_dir", tmp("no_run"))
         assert "4 of 4 files are pictures" in text and paths[0] in text, text
+
+
+@test
+def test_missing_files_are_said_first():
+    """Every stage and the test count the files that do not exist; more than --max_bad: an error."""
+    train, _ = labelled()
+    some = tmp("some_gone.tsv")
+    gone = [tmp(f"gone_{i}.mp4") for i in range(12)]
+    rows = open(train).read() + "".join(f"{path}\tx class\n" for path in gone)
+    open(some, "w").write(rows)
+    for script in (pretrain, pretrain_moco, pretrain_vicmae, finetune):
+        text = mistake(script, "--data", some, "--device", "cpu", "--batch_size", 2, "--max_bad",
+                       0.49, "--out_dir", tmp("no_run"))
+        for words in ("12 of 24 files do not exist", gone[0], "max_bad 0.49", "--write_good"):
+            assert words in text, (script, text)
+    text = call(finetune, *TUNE, "--data", some, "--val_data", some, "--max_bad", 0.9,
+                "--max_steps", 1, "--out_dir", tmp("half_gone"))
+    assert text.count("12 of 24 files do not exist") == 2 and "validation at step 1" in text, text
+    assert text.count(gone[9]) == 2 and gone[10] not in text, text  # ten of each list
+    text = call(evaluate, "--ckpt", tmp("half_gone", "last.pt"), "--data", some, "--num_segments", 1,
+                "--num_crops", 1, "--num_workers", 0, "--device", "cpu", "--out_dir", tmp("gone"))
+    assert text.index("12 of 24 files do not exist") < text.index("top-1"), text
+
+
+@test
+def test_ranks_agree_on_missing_files():
+    """One rank of a machine looks; what the worst machine lacks is an error on all ranks."""
+    flags = argparse.Namespace(device="cpu", dtype="fp32", num_workers=0)
+    look = unittest.mock.Mock(return_value=[])
+    for local_rank in range(2):
+        process = Process(flags, quiet=True)
+        process.local_rank = local_rank
+        process.gather = lambda mine: [mine, (0, []), (3, ["a.mp4", "b.mp4", "c.mp4"])]
+        with unittest.mock.patch.object(lists, "missing", look), raises("3 of 12", "a.mp4"):
+            process.videos([toy_videos()], "", "", max_bad=0.2)
+        assert look.call_count == 1
 
 
 @test

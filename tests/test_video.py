@@ -14,7 +14,7 @@ import numpy as np
 
 from ava.clips import clip_seconds
 from tests.common import numbered, numbers, odd_files, raises, test, tmp, write
-from video import decode, lists, pictures, tools, toy
+from video import decode, lists, pictures, prepared, tools, toy
 
 
 # ---------------------------------------------------------------- video/decode.py
@@ -204,6 +204,26 @@ def test_folders_and_lists():
     os.makedirs(tmp("none"))
     with raises("none", "no videos"):
         lists.read_videos(tmp("none"))
+
+
+@test
+def test_missing_files():
+    """What exists() denies is found, links and pictures of a set too, by one listing per folder."""
+    folder = tmp("many")
+    os.makedirs(folder)
+    there = [os.path.join(folder, f"{i}.mp4") for i in range(20)]
+    for path in there:
+        open(path, "w").close()
+    dangling, absent = os.path.join(folder, "dangling.mp4"), os.path.join(folder, "no.mp4")
+    os.symlink("nowhere", dangling)
+    made = dict(videos={"a.mp4": []}, failed={"b.mp4": "why"})
+    stored = [f"{folder}::{name}.mp4" for name in "abc"]
+    paths = [*there, absent, "none/x.mp4", dangling, *stored, absent]
+    asked = []
+    with (unittest.mock.patch.dict(prepared.INDEXES, {folder: made}),
+          unittest.mock.patch.object(os.path, "exists", lambda path: asked.append(path))):
+        assert lists.missing(paths) == [absent, "none/x.mp4", dangling, stored[2], absent]
+    assert set(asked) == {absent, "none/x.mp4", dangling}
 
 
 # ---------------------------------------------------------------- video/lists.py, video/tools.py

@@ -1,5 +1,6 @@
 """Lists, folders and prepared sets -> the paths and labels of videos; labels -> class ids."""
 
+import contextlib
 import os
 import re
 import zlib
@@ -152,6 +153,25 @@ def read_all(sources: list, data_root: str, toy: str,
         if not rows:
             raise ValueError(f"no videos in {' '.join(sources)} outside --out_dir {outside}")
     return [path for path, _ in rows], [label for _, label in rows]
+
+
+def missing(paths: list[str]) -> list[str]:
+    """The paths that lead nowhere, in their order.
+
+    A folder with many of them is listed once, which is cheaper than to ask for each; links, and
+    what a listing lacks (it may spell a name otherwise), are asked for.
+    """
+    folders, gone = {}, set()
+    for path in paths:
+        folders.setdefault(os.path.dirname(path), []).append(path)
+    for folder, inside in folders.items():
+        names = set()
+        if len(inside) > 8:
+            with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
+                names = {entry.name for entry in entries if not entry.is_symlink()}
+        gone.update(path for path in inside
+                    if os.path.basename(path) not in names and not prepared.exists(path))
+    return [path for path in paths if path in gone]
 
 
 def refuse_pictures(paths: list[str], num_frames: int):

@@ -93,8 +93,12 @@ def in_set(path: str) -> bool:
 
 
 def exists(path: str) -> bool:
-    """Whether a list's path leads somewhere: to a file, or into a prepared set."""
-    return os.path.exists(path) or in_set(path)
+    """Whether a list's path leads somewhere: to a file, or to a video of a prepared set."""
+    if not in_set(path):
+        return os.path.exists(path)
+    folder, name = path.split("::", 1)
+    index = read_index(folder)
+    return name in index["videos"] or name in index["failed"]
 
 
 def source_of(path: str) -> str:
