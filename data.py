@@ -12,13 +12,19 @@ The same file is the command line for data sets, see video/tools.py:
     python data.py toy                                                   # write the toy videos
 """
 
+import contextlib
+import math
+import os
+import time
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from lib.feed import Samples
+from video import prepared
 from video.augment import erase_box, rand_augment, random_resized_crop, view
-from video.decode import nearest, resize, short_side
+from video.decode import KEEP_PACKETS, VideoError, nearest, resize, short_side
 from video.lists import refuse_pictures
 from video.prepared import check_stride, open_video
 
@@ -87,6 +93,33 @@ def timeline(times: np.ndarray, fps: float | None) -> np.ndarray:
     return nearest(times, times[0] + ticks / fps)
 
 
+def repeats(paths: list[str], num_frames: int, span: int, fps: float | None = None,
+            seconds: float = 1.0) -> list[str]:
+    """[] or a sentence on the videos of fewer frames (at `fps`) than a clip's `span`.
+
+    The lengths of prepared videos are known. Of files 32 are opened, the same ones each time, for
+    so many seconds at most.
+    """
+    if num_frames == 1:
+        return []
+    found, looked = [], " looked at"
+    if not fps and all(map(prepared.in_set, paths)):
+        found, looked = [n for n in map(prepared.length, paths) if n], ""
+    start = time.monotonic()
+    for i in np.random.default_rng(0).permutation(len(paths))[:32] if looked else ():
+        with contextlib.suppress(VideoError, OSError):
+            if not prepared.in_set(paths[i]) and os.path.getsize(paths[i]) > KEEP_PACKETS:
+                found.append(math.inf)  # surely long: its packets are not read for this
+            elif time.monotonic() - start < seconds:
+                with open_video(paths[i]) as video:
+                    found.append(len(timeline(video.times, fps)))
+    short = sum(n < span for n in found)
+    rate = f" at {fps:g} fps" if fps else ""
+    hint = "; a lower --sampling_rate spans fewer" if span > num_frames else ""
+    return [f"a clip of {num_frames} frames spans {span} of a video{rate}: {short} of {len(found)} "
+            f"videos{looked} are shorter, their clips repeat frames{hint}"] if short else []
+
+
 # ---- crops ----
 
 def multi_scale_crop(rng, height: int, width: int,
@@ -141,6 +174,15 @@ class PretrainClips(Samples):
             return sample_by_time(rng, video.times, self.num_frames, self.fps)
         return sample_dense(rng, len(video), self.num_frames, self.stride)
 
+    def span(self) -> int:
+        """Frames (at fps, where given) from a clip's first to its last; fewer are repeated."""
+        spread = self.sampling == "dense" and not self.fps
+        return (self.num_frames - 1) * self.stride + 1 if spread else self.num_frames
+
+    def notes(self) -> list[str]:
+        """What there is to say of videos that are shorter than a clip."""
+        return repeats(self.paths, self.num_frames, self.span(), self.fps)
+
     def load(self, index: int, rng) -> torch.Tensor:
         """-> (repeat_aug, T, H, W, C) uint8; VideoError when the file cannot be read."""
         T, clips = self.num_frames, []
@@ -183,6 +225,10 @@ class FinetuneClips(PretrainClips):
         if self.max_side and min(h, w) > self.max_side:
             return short_side(h, w, self.max_side)
         return h, w
+
+    def span(self) -> int:
+        """As of PretrainClips; dense clips are spread over a window of num_frames * stride."""
+        return self.num_frames * (self.stride if self.sampling == "dense" else 1)
 
     def load(self, index: int, rng):
         """-> clips, labels, boxes as above; VideoError when the file cannot be read."""
@@ -243,6 +289,10 @@ class ViewPairs(Samples):
         first = rng.integers(max(half, 1))
         second = half + rng.integers(span - half)
         return start + np.array([first, second])
+
+    def notes(self) -> list[str]:
+        """What there is to say of videos that are shorter than a clip."""
+        return repeats(self.paths[0], self.num_frames, (self.num_frames - 1) * self.stride + 1)
 
     def load(self, index: int, rng, is_image: bool) -> torch.Tensor:
         """-> (1, 2, T, H, W, C) uint8; VideoError when the file cannot be read."""

@@ -33,6 +33,10 @@ class Samples(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.paths)
 
+    def notes(self) -> list[str]:
+        """Sentences that a run says of these videos at its start; rank 0 is asked."""
+        return []
+
     def __getitem__(self, key: tuple):
         _, index, *kind = key
         paths, bad = self.paths[kind[0]] if kind else self.paths, []

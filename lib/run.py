@@ -186,6 +186,8 @@ class Run(Process):
             signals.append(number)
         signal.signal(signal.SIGINT, handler)
         signal.signal(signal.SIGTERM, handler)
+        for note in train_set.notes() if self.rank == 0 else ():
+            self.say(note)
         model.train()
         return self.net
 

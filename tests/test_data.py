@@ -1,6 +1,7 @@
 """data.py: samplers, crops and the data sets of the stages."""
 
 import argparse
+import functools
 import os
 import unittest.mock
 
@@ -15,9 +16,9 @@ import pretrain_moco
 import pretrain_vicmae
 from lib import feed
 from lib.process import Process
-from tests.common import (TUNE, call, labelled, mistake, numbered, numbers, raises, run, test, tmp,
-                          toy_videos, write)
-from video import decode, lists, pictures
+from tests.common import (TUNE, call, labelled, mistake, numbered, numbers, odd_files, raises, run,
+                          test, tmp, toy_videos, write)
+from video import decode, lists, pictures, prepared
 
 
 @test
@@ -184,6 +185,33 @@ def test_missing_files_are_said_first():
     text = call(evaluate, "--ckpt", tmp("half_gone", "last.pt"), "--data", some, "--num_segments", 1,
                 "--num_crops", 1, "--num_workers", 0, "--device", "cpu", "--out_dir", tmp("gone"))
     assert text.index("12 of 24 files do not exist") < text.index("top-1"), text
+
+
+@test
+def test_short_videos_are_said_first():
+    """A run says how many videos are shorter than a clip: of sets all, of files a sample."""
+    paths = 20 * [odd_files()["no B-frames"]]  # 40 frames at 25 fps
+    said = lambda kind, *args, **kw: " ".join(kind(paths, *args, **kw).notes())
+    tune = functools.partial(data.FinetuneClips, paths, [0] * 20)
+    assert not said(data.PretrainClips, 14, stride=3)  # 13 * 3 + 1
+    assert "14 frames spans 53 of a video: 20 of 20 videos looked at" in said(
+        data.PretrainClips, 14, stride=4)
+    assert not tune(10, stride=4).notes() and "spans 44 " in tune(11, stride=4).notes()[0]
+    assert not tune(10, stride=2, fps=12.5).notes()  # 20 frames
+    assert "spans 22 of a video at 12.5 fps" in tune(11, stride=2, fps=12.5).notes()[0]
+    assert not said(data.PretrainClips, 20, fps=12.5)
+    assert said(data.PretrainClips, 21, fps=12.5) and said(data.PretrainClips, 41, sampling="s")
+    assert not said(data.PretrainClips, 40, stride=4, sampling="s") and not tune(1).notes()
+    assert "spans 41 " in said(data.ViewPairs, [], 11) and not said(data.ViewPairs, [], 10)
+    videos = {f"{n}.mp4": ["shard", n] for n in range(30, 90)}
+    stored = dict(sampling_rate=1, videos=videos, failed={"bad.mp4": "why"})
+    with unittest.mock.patch.dict(prepared.INDEXES, a_set=stored):
+        paths = [f"a_set::{name}" for name in [*videos, "bad.mp4"]]
+        assert "spans 61 of a video: 31 of 60 videos are shorter" in said(data.PretrainClips)
+    text = call(pretrain, *"--size tiny --patch_size 8 --img_size 16 --num_frames 16".split(),
+                "--data", odd_files()["no B-frames"], "--device", "cpu", "--num_workers", 0,
+                "--max_steps", 1, "--batch_size", 1, "--out_dir", tmp("short"), "--sampling_rate", 3)
+    assert text.index("spans 46 of a video: 1 of 1 videos") < text.index("1 videos, tiny"), text
 
 
 @test

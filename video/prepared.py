@@ -101,6 +101,15 @@ def exists(path: str) -> bool:
     return name in index["videos"] or name in index["failed"]
 
 
+def length(path: str) -> int | None:
+    """Frames of a video of a prepared set, by its index; None of one that failed, of any other."""
+    if not in_set(path):
+        return None
+    folder, name = path.split("::", 1)
+    entry = read_index(folder)["videos"].get(name)
+    return entry and entry[1]
+
+
 def source_of(path: str) -> str:
     """The file that a path stands for: PATH of FOLDER::PATH, else itself."""
     return path.split("::", 1)[1] if in_set(path) else path
