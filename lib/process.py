@@ -248,9 +248,7 @@ class Process:
         gone = lists.missing(paths) if self.local_rank == 0 else []
         count, some = max(self.gather((len(gone), gone[:10])))
         if count:
-            self.say(f"{count} of {len(paths)} files do not exist:")
-            for path in some + ["..."] * (count > 10):
-                self.say(f"  {path}")
+            self.say(lists.say_missing(count, some, len(paths)))
         if count > max_bad * len(paths):
             raise ValueError(f"{count} of {len(paths)} files do not exist, more than --max_bad "
                              f"{max_bad:g}, the first: {some[0]}; `python data.py check SOURCE "

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import re
+import shutil
+import tempfile
 import unittest.mock
 from fractions import Fraction
 
@@ -13,7 +15,8 @@ import av
 import numpy as np
 
 from ava.clips import clip_seconds
-from tests.common import numbered, numbers, odd_files, raises, test, tmp, write
+from tests.common import (as_script, call, mistake, numbered, numbers, odd_files, raises, test, tmp,
+                          write)
 from video import decode, lists, pictures, prepared, tools, toy
 
 
@@ -258,8 +261,127 @@ def test_classes_and_splits():
     with contextlib.redirect_stdout(None):
         tools.main(["split", source, train, val])
     assert [r.split("\t")[1] for r in open(val).read().splitlines()] == ["a", "a", "b", "b"]
-    with raises("--group", "does not match"):
+    with contextlib.redirect_stdout(None), raises("--group", "does not match"):
         tools.main(["split", source, train, val, "--group", "scene"])
+
+
+def split(source, *flags):
+    """Runs `data.py split` into a new folder -> rows for training, for validation, what it says."""
+    out = [os.path.join(tempfile.mkdtemp(dir=tmp()), "new", name) for name in ("t.tsv", "v.tsv")]
+    text = call(tools, "split", source, *out, *flags)
+    return *(open(name).read().splitlines() for name in out), text
+
+
+def label_files(name, counts, scenes=("",)):
+    """A folder of files that are no videos: so many of each class from each scene."""
+    for (label, count), (k, scene) in itertools.product(counts.items(), enumerate(scenes)):
+        os.makedirs(tmp(name, label), exist_ok=True)
+        for i in range(count[k] if isinstance(count, tuple) else count):
+            with open(tmp(name, label, f"{scene}{i}.mp4"), "w") as f:
+                f.write(f"{label} {scene} {i}")
+    return tmp(name)
+
+
+@test
+def test_folds_of_the_right_size():
+    """Folds part the videos, none is empty or over a third, or it is refused; counts are told."""
+    source = label_files("threes", {f"c{i:02d}": 3 for i in range(24)})
+    parts = [split(source, "--fold", fold) for fold in range(5)]
+    assert sorted(sum((val for _, val, _ in parts), [])) == sorted(parts[0][0] + parts[0][1])
+    assert all(13 <= len(val) <= 16 and len(train + val) == 72 for train, val, _ in parts)
+    assert re.search(r"^c00 +2 +1$", parts[0][2], re.M) and "and 4 more classes" in parts[0][2]
+    label_files("threes", dict(alone=1))
+    assert not any("alone" in row for fold in range(5)
+                   for row in split(source, "--fold", fold)[1])
+    signers = label_files("signers", dict(a=(25, 15, 10), b=(25, 15, 10)), ("ann", "bob", "cat"))
+    kept = [split(signers, "--group", "ann|bob|cat", "--fold", fold)[1] for fold in (0, 1)]
+    assert [len(rows) for rows in kept] == [30, 20]
+    nothing = tmp("nothing"), tmp("nothing_too")
+    for fold, words in ((2, "50 of the 100"), (3, "have 0 of the 100")):
+        text = mistake(tools, "split", signers, *nothing, "--group", "ann|bob|cat", "--fold", fold)
+        assert words in text and "have 30, 20, 50, 0, 0" in text, text
+    train, val, _ = split(signers, "--val_group", "/cat")
+    assert len(train) == 80 and len(val) == 20 and all("/cat" in row for row in val)
+    for flags, words in ((["--val_group", "dog"], "takes 0 of the 100"), (["--val_group", "["], "["),
+                         (["--val_group", "mp4"], "takes 100 of"),
+                         (["--val_group", "cat", "--fold", "1"], "leave out")):
+        assert words in mistake(tools, "split", signers, *nothing, *flags), flags
+    ones = label_files("ones", dict(a=1, b=1))
+    assert "0 of the 2" in mistake(tools, "split", ones, *nothing)
+    assert not any(map(os.path.exists, nothing))
+
+
+@test
+def test_copies_stay_on_one_side():
+    """Files of the same bytes are one group, whatever their classes; others of that size are not."""
+    source = label_files("twins", dict(a=10, b=10))
+    shutil.copy(tmp("twins", "a", "0.mp4"), tmp("twins", "b", "0.mp4"))
+    shutil.copy(tmp("twins", "a", "1.mp4"), tmp("twins", "a", "2.mp4"))
+    parts = [split(source, "--fold", fold) for fold in range(5)]
+    for train, val, text in parts:
+        assert "byte-identical copies of other files: 2 (" in text, text
+        for twins in (("a/0.", "b/0."), ("a/1.", "a/2.")):
+            held = [sum(name in row for row in val for name in twins)]
+            assert held in ([0], [2]), (twins, val)
+    assert len({row for _, val, _ in parts for row in val}) == 20
+    train, val, _ = split(source, "--val_group", "a/[1345]")
+    assert sorted(row.split("/")[-1][0] for row in val) == list("12345")
+    folder, videos = tmp("stored"), {}
+    os.makedirs(folder)
+    for i, content in enumerate((b"a" * 99, b"b" * 99, b"a" * 99)):
+        with open(os.path.join(folder, "shard"), "ab") as f:
+            videos[f"{i}.mp4"] = ["shard", 1, 1, 1, f.tell(), f.tell() + 99, 0]
+            f.write(content)
+    index = dict(form="raw", sampling_rate=1, rows=[], videos=videos, failed={})
+    with unittest.mock.patch.dict(prepared.INDEXES, {folder: index}):
+        paths = [f"{folder}::{name}" for name in (*videos, "gone.mp4")]
+        assert tools.copies(paths) == [[paths[0], paths[2]]]
+
+
+@test
+def test_written_lists_hold_anywhere():
+    """Lists of relative sources hold whole paths, of a set's videos too."""
+    before = os.getcwd()
+    label_files("from here", dict(a=5, b=5))
+    try:
+        os.chdir(tmp())
+        rows = sum(split("from here")[:2], [])
+        assert sorted(rows)[0] == f"{os.getcwd()}/from here/a/0.mp4\ta"
+        with unittest.mock.patch.dict(prepared.INDEXES, {"set": {}}):
+            tools.write_rows("of set.tsv", [("set::../from here/x.mp4", None)])
+        assert open("of set.tsv").read() == f"{os.getcwd()}/set::../from here/x.mp4\n"
+    finally:
+        os.chdir(before)
+
+
+@test
+def test_check_sums_up():
+    """check tells classes, lengths, rates, sizes, what is short, twice or doubly labelled."""
+    a, b = odd_files()["no B-frames"], odd_files()["odd size"]
+    copy, short = tmp("copy.mp4"), write("eight.mp4", numbered(8), g=12)
+    shutil.copy(a, copy)
+    rows = [(a, "x"), (b, "x"), (copy, "y"), (short, "z"), (short, "z"), (tmp("gone.mp4"), "x")]
+    lists.write_list(tmp("summed.tsv"), rows)
+    with as_script(tools, "check", tmp("summed.tsv"), "--num_workers", 1, "--num_frames", 10,
+                   "--sampling_rate", 3, "--write_good", tmp("good", "a.tsv")) as out:
+        assert tools.main() == 1
+    for line in ("1 of them do not exist", "3 classes, 1 to 3 videos of each: x 3, y 1, z 2",
+                 "frames: 8 to 40, median 40", "seconds: 0.32 to 1.6, median 1.6",
+                 "frames per second: 25 (4)", "width x height: 96x64 (3), 97x63 (1)",
+                 "1 of 4 are shorter than 30 frames", "1 rows name a file that another row names",
+                 f"byte-identical copies of other files: 1 ({a} = {copy})",
+                 f"  {a} (x) = {copy} (y)"):
+        assert f"\n{line}" in out.getvalue(), (line, out.getvalue())
+    assert len(lists.read_videos(tmp("good", "a.tsv"))[0]) == 5
+
+
+@test
+def test_imbalance_names_a_class_once():
+    """Each class is named once where there are few, the ends where there are many."""
+    said = lambda n: "\n".join(lists.describe(
+        list("abcdefgh")[:n], ["x"], sum(([i] * 3 ** i for i in range(n)), []), [], []))
+    assert "imbalanced: a 1, b 3, c 9;" in said(3)
+    assert "imbalanced: a 1, b 3, c 9, ..., f 243, g 729, h 2187;" in said(8)
 
 
 @test

@@ -174,6 +174,12 @@ def missing(paths: list[str]) -> list[str]:
     return [path for path in paths if path in gone]
 
 
+def say_missing(count: int, some: list[str], total: int) -> str:
+    """What is said of so many missing files out of all: how many, and the first ten."""
+    names = some[:10] + ["..."] * (count > 10)
+    return "\n  ".join([f"{count} of {total} files do not exist:", *names])
+
+
 def refuse_pictures(paths: list[str], num_frames: int):
     """ValueError where clips of more than one frame would be read from pictures."""
     if num_frames == 1:
@@ -264,10 +270,9 @@ def describe(classes: list[str], paths: list, labels: list[int], val_paths: list
     else:
         yield "no --val_data: nothing is validated, and no best.pt written"
     if videos.max() >= 3 * videos.min():
-        order = videos.argsort(kind="stable")
-        low, high = (", ".join(f"{classes[i]} {videos[i]}" for i in some)
-                     for some in (order[:3], order[-3:]))
-        yield (f"the classes are imbalanced: {low} ... {high}; read the per-class accuracy too")
+        names = [f"{classes[i]} {videos[i]}" for i in videos.argsort(kind="stable")]
+        names[3:-3] = ["..."] * (len(names) > 6)
+        yield (f"the classes are imbalanced: {', '.join(names)}; read the per-class accuracy too")
     twice = len(paths) - len({os.path.realpath(path) for path in paths})
     if twice:
         yield (f"{twice} training videos are listed more than once; with different labels they "

@@ -10,6 +10,7 @@
 import argparse
 import contextlib
 import csv
+import hashlib
 import json
 import math
 import multiprocessing
@@ -18,12 +19,87 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 
 from video import lists, prepared
 from video.decode import VideoError
 from video.toy import make_toy, make_toy_shapes
+
+SHOWN = 20  # so many classes are listed at most
+
+# ---- what lists are made of ----
+
+def write_rows(out: str, rows: list):
+    """write_list with whole paths, so that the list holds in any folder; makes out's folder."""
+    def whole(path):
+        folder, inside, name = path.partition("::") if prepared.in_set(path) else (path, "", "")
+        return os.path.abspath(folder) + inside + name
+    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+    lists.write_list(out, [(whole(path), label) for path, label in rows])
+
+
+def read(args) -> tuple[list[str], list[str | None]]:
+    """The source's paths and labels; says which files do not exist."""
+    paths, labels = lists.read_videos(args.source, args.data_root)
+    gone = lists.missing(paths)
+    if gone:
+        print(lists.say_missing(len(gone), gone, len(paths)))
+    return paths, labels
+
+
+def stored(path: str) -> np.ndarray | None:
+    """The bytes of a video of a prepared set; None where it has none there."""
+    with contextlib.suppress(VideoError):
+        with prepared.open_video(path) as video:
+            return video.data
+
+
+def size(path: str):
+    """Of two videos it differs if their bytes do not have the same number; None: no bytes."""
+    if prepared.in_set(path):
+        data = stored(path)
+        return None if data is None else len(data)
+    with contextlib.suppress(OSError):
+        return os.path.getsize(path) or None
+
+
+def checksum(path: str, most: int | None = None):
+    """A hash of a video's bytes, or of so many of them from its middle on; None: unreadable."""
+    if prepared.in_set(path):
+        data = stored(path)
+        start = len(data) // 2 if most else 0
+        return hashlib.sha1(data[start:start + most if most else None]).digest()
+    with contextlib.suppress(OSError), open(path, "rb") as f:
+        if most:
+            f.seek(os.path.getsize(path) // 2)
+            return hashlib.sha1(f.read(most)).digest()
+        return hashlib.file_digest(f, "sha1").digest()
+
+
+def copies(paths: list[str]) -> list[list[str]]:
+    """The videos whose bytes are the same, in groups of two or more.
+
+    Only those of one size are read, all of their bytes only where 64 kB of them are the same.
+    """
+    groups = [list(dict.fromkeys(paths))]
+    for key in (size, lambda path: checksum(path, 1 << 16), checksum):
+        finer = {}
+        for i, group in enumerate(groups):
+            for path in group:
+                finer.setdefault((i, key(path)), []).append(path)
+        groups = [group for (_, value), group in finer.items()
+                  if len(group) > 1 and value is not None]
+    return groups
+
+
+def say_copies(groups: list[list[str]]) -> str:
+    """How many of copies()'s videos could go, and the first of them."""
+    some = "; ".join(" = ".join(group[:3] + ["..."] * (len(group) > 3)) for group in groups[:3])
+    return (f"byte-identical copies of other files: {sum(map(len, groups)) - len(groups)}"
+            + f" ({some}{'; ...' if len(groups) > 3 else ''})" * bool(groups))
+
 
 # ---- index: public layouts -> list files ----
 # Each layout yields (where the video may be, without or with its ending; label) per entry.
@@ -125,7 +201,7 @@ def index_main(args):
         first = missing[0] if missing else "(the annotation is empty)"
         raise ValueError(f"none of the {len(missing)} videos of {args.annotation} is in "
                          f"{args.videos}; the first would be {first}")
-    lists.write_list(args.out, found)
+    write_rows(args.out, found)
     labels = {label for _, label in found if label}
     print(f"{args.out}: {len(found)} videos, {len(labels)} classes; "
           f"{len(missing)} of the annotation's are not in {args.videos}")
@@ -138,55 +214,137 @@ def index_main(args):
 # ---- split: one's own videos -> a list to train on, a list to validate on ----
 
 def split_main(args):
-    """Deals labelled videos into folds, class by class.
+    """Deals labelled videos into folds, class by class; --val_group: what matches is one.
 
-    Where a pattern says what belongs together, whole groups.
+    Where a pattern says what belongs together, whole groups; copies of a file always.
     """
-    paths, labels = lists.read_videos(args.source, args.data_root)
+    paths, labels = read(args)
     classes = lists.class_names([label for label in labels if label is not None])
     lists.class_ids(labels, classes, paths, args.source)
     if args.fold >= args.folds:
         raise ValueError(f"--folds {args.folds} --fold {args.fold}: expected fold < folds")
     if len({os.path.realpath(path) for path in (args.source, args.train, args.val)}) < 3:
         raise ValueError(f"{args.source}, {args.train}, {args.val}: expected three different files")
-    groups = grouped(paths, labels, args.group)
+    same = copies(paths)
+    if same:
+        print(f"{say_copies(same)}; they stay on one side")
+    groups = merged(grouped(paths, labels, args.group), same)
+    if args.val_group and (args.folds, args.fold) != (5, 0):
+        raise ValueError("--val_group says what is for validation: leave out --folds and --fold")
+    if args.val_group:
+        chosen = matches("--val_group", args.val_group, paths)
+        val = {name for name, rows in groups.items() if any(path in chosen for path, _ in rows)}
+        count = sum(len(groups[name]) for name in val)
+        if not 0 < count < len(paths):
+            raise ValueError(f"--val_group {args.val_group!r} takes {count} of the {len(paths)} "
+                             f"videos, the first is {paths[0]}; expected some, but not all")
+    else:
+        val = fold_of(groups, args)
+    kind = "groups" if args.group else "files"
+    sides = []
+    for out, is_val in ((args.train, False), (args.val, True)):
+        part = [name for name in groups if (name in val) == is_val]
+        rows = [row for name in part for row in groups[name]]
+        sides.append(Counter(label for _, label in rows))
+        write_rows(out, rows)
+        print(f"{out}: {len(rows)} videos, {len(sides[-1])} of {len(classes)} classes, "
+              f"{len(part)} {kind}")
+        absent = [name for name in classes if name not in sides[-1]]
+        if absent:
+            print(f"  classes without a video in it: {', '.join(absent[:SHOWN])}"
+                  + f", and {len(absent) - SHOWN} more" * (len(absent) > SHOWN))
+    wide = max(map(len, ["class", *classes[:SHOWN]]))
+    print(f"{'class':{wide}}  train    val")
+    for name in classes[:SHOWN]:
+        print(f"{name:{wide}} {sides[0][name]:6d} {sides[1][name]:6d}")
+    if len(classes) > SHOWN:
+        print(f"and {len(classes) - SHOWN} more classes")
+
+
+def fold_of(groups: dict, args) -> set:
+    """The names of the groups that are fold args.fold of args.folds; puts `groups` in order.
+
+    Of each class the fold has every folds-th group, which is about as many videos from all classes
+    where groups are alike. Where that makes a fold a quarter larger or smaller than it should be,
+    each group, the largest first, goes where its classes are rarest. ValueError: what is left out
+    would be nothing, or more than one video and a third (of 2 or 3 folds 1.2 times their share).
+    """
     names = sorted(groups)
     np.random.default_rng(args.seed).shuffle(names)
     names.sort(key=lambda name: groups[name][0][1])  # stable: class by class, shuffled within
+    ordered = {name: groups[name] for name in names}
+    groups.clear()
+    groups.update(ordered)
+    counts = {name: Counter(label for _, label in groups[name]) for name in names}
+    homes = Counter(label for some in counts.values() for label in some)
+    # the only one of a class is for training
+    free = [name for name in names if all(homes[label] > 1 for label in counts[name])]
+    total, k = sum(len(rows) for rows in groups.values()), args.folds
     by_class = {}
-    for name in names:
+    for name in free:
         by_class.setdefault(groups[name][0][1], []).append(name)
-    val = set()
-    for some in by_class.values():
-        if len(some) > 1:  # the only one of a class is for training
-            val.update(some[args.fold::args.folds])
-    kind = "groups" if args.group else "files"
-    for out, part in ((args.train, [name for name in names if name not in val]),
-                      (args.val, [name for name in names if name in val])):
-        rows = [row for name in part for row in groups[name]]
-        there = {label for _, label in rows}
-        lists.write_list(out, rows)
-        print(f"{out}: {len(rows)} videos, {len(there)} of {len(classes)} classes, "
-              f"{len(part)} {kind}")
-        if len(there) < len(classes):
-            print(f"  classes without a video in it: {', '.join(sorted(set(classes) - there))}")
+    folds = [[name for some in by_class.values() for name in some[i::k]] for i in range(k)]
+    videos = lambda fold: sum(len(groups[name]) for name in fold)
+    fair = sum(map(videos, folds)) / k
+    if any(abs(videos(fold) - fair) > fair / 4 for fold in folds):
+        folds, there = [[] for _ in range(k)], [Counter() for _ in range(k)]
+        sums = sum(counts.values(), Counter())
+        for name in sorted(free, key=lambda name: -len(groups[name])):
+            i = min(range(k), key=lambda i: (sum(n * there[i][label] / sums[label]
+                                                 for label, n in counts[name].items()),
+                                             there[i].total()))
+            folds[i].append(name)
+            there[i] += counts[name]
+    most = max(1, int(max(1 / 3, 1.2 / k) * total))
+    folds.sort(key=lambda fold: not 0 < videos(fold) <= most)  # stable: those that serve first
+    fold = folds[args.fold]
+    if not 0 < videos(fold) <= most:
+        sizes = ", ".join(str(videos(fold)) for fold in folds)
+        raise ValueError(f"fold {args.fold} of {k} would have {videos(fold)} of the {total} "
+                         f"videos, expected 1 to {most}; the folds of {len(groups)} "
+                         f"{'groups' if args.group else 'files'} have {sizes} (what is the only "
+                         "one of a class is for training): another --fold, fewer --folds, or "
+                         "--val_group REGEX")
+    return set(fold)
+
+
+def matches(flag: str, pattern: str, paths: list[str]) -> dict:
+    """-> {path: what of it matches} of those that do; ValueError names the flag of a bad one."""
+    try:
+        found = ((path, re.search(pattern, path)) for path in paths)
+        return {path: match[0] for path, match in found if match}
+    except re.error as e:
+        raise ValueError(f"{flag} {pattern!r}: not a regular expression ({e})") from None
+
+
+def merged(groups: dict, same: list[list[str]]) -> dict:
+    """grouped()'s groups, those that hold copies of one file made one."""
+    home = {path: name for name, rows in groups.items() for path, _ in rows}
+    into = {}  # a group's name -> whose it has become
+
+    def now(name):
+        while name in into:
+            name = into[name]
+        return name
+    for first, *others in same:
+        for path in others:
+            a, b = now(home[first]), now(home[path])
+            if a != b:
+                into[b] = a
+    whole = {}
+    for name, rows in groups.items():
+        whole.setdefault(now(name), []).extend(rows)
+    return whole
 
 
 def grouped(paths: list[str], labels: list, pattern: str | None) -> dict:
     """-> {name: (path, label) rows} of the videos that match alike; pattern None: each alone."""
-    try:
-        compiled = re.compile(pattern or "")
-    except re.error as e:
-        raise ValueError(f"--group {pattern!r}: not a regular expression ({e})") from None
+    names = matches("--group", pattern, paths) if pattern else {path: path for path in paths}
     groups = {}
     for path, label in zip(paths, labels):
-        name = path
-        if pattern:
-            match = compiled.search(path)
-            if not match:
-                raise ValueError(f"--group {pattern!r}: {path} does not match")
-            name = match[0]
-        groups.setdefault(name, []).append((path, label))
+        if path not in names:
+            raise ValueError(f"--group {pattern!r}: {path} does not match")
+        groups.setdefault(names[path], []).append((path, label))
     return groups
 
 
@@ -210,21 +368,84 @@ def check_file(job: tuple[str, bool]) -> tuple[str, int, str | None]:
         return path, 0, str(e)
 
 
+def measure(path: str) -> tuple[int, float, int, int]:
+    """-> frames, seconds, height, width of a video that can be read."""
+    with prepared.open_video(path) as video:
+        n, times = len(video), video.times
+        seconds = (times[-1] - times[0]) * n / max(n - 1, 1)  # to the end of the last frame
+        return n, float(seconds), *video.pictures([0])[0].shape[:2]
+
+
+def look_at(job: tuple[str, bool]) -> tuple:
+    """A job of check_file -> its answer, and measure()'s; None where the file cannot be read."""
+    path, _, wrong = found = check_file(job)
+    with contextlib.suppress(VideoError):
+        return found, None if wrong else measure(path)
+    return found, None
+
+
+def most_common(things, shown: int = 6) -> str:
+    """"30 (118), 25 (2)": the distinct things with how often each is there, the commonest first."""
+    counted = Counter(things).most_common()
+    more = f", and {len(counted) - shown} more" if len(counted) > shown else ""
+    return ", ".join(f"{thing} ({n})" for thing, n in counted[:shown]) + more
+
+
+def summary(paths: list[str], labels: list, found: dict, num_frames: int, stride: int):
+    """Yields what there is to say of a data set, a sentence each; found: {path: measure(path)}."""
+    known = Counter(label for label in labels if label is not None)
+    if known:
+        names = [f"{name} {known[name]}" for name in lists.class_names(list(known))]
+        names[SHOWN:] = [f"and {len(names) - SHOWN} more"] * (len(names) > SHOWN)
+        yield (f"{len(known)} classes, {min(known.values())} to {max(known.values())} videos of "
+               f"each: {', '.join(names)}")
+    if None in labels:
+        yield f"{labels.count(None)} of {len(labels)} videos have no label"
+    if found:
+        n, seconds, h, w = map(np.array, zip(*found.values()))
+        for name, values in (("frames", n), ("seconds", seconds.round(2)),
+                             ("short side", np.minimum(h, w))):
+            yield f"{name}: {values.min():g} to {values.max():g}, median {np.median(values):g}"
+        rates = (f"{a / b:.4g}" for a, b in zip(n, seconds) if b)
+        yield f"frames per second: {most_common(rates) or 'pictures have none'}"
+        yield f"width x height: {most_common(f'{b}x{a}' for a, b in zip(h, w))}"
+        span = num_frames * stride
+        yield (f"{(n < span).sum()} of {len(n)} are shorter than {span} frames, what a clip of "
+               f"{num_frames} at stride {stride} spans (--num_frames, --sampling_rate)")
+    names = {}
+    for path, label in zip(paths, labels):
+        names.setdefault(path, set()).add(label)
+    groups = copies(list(found))
+    if len(names) < len(paths):
+        yield f"{len(paths) - len(names)} rows name a file that another row names"
+    yield say_copies(groups)
+    alone = [[path] for path in names]
+    odd = [group for group in groups + alone
+           if len(set().union(*(names[path] for path in group))) > 1]
+    if odd:
+        yield f"the same video has different labels, {len(odd)} times:"
+    for group in odd[:5]:
+        yield "  " + " = ".join(f"{path} ({label or 'no label'})"
+                                for path in group for label in names[path])
+
+
 def check_main(args):
     """Reads every file of a data set in parallel; prints which fail, can list the rest.
 
-    The exit status is 1 if any fails.
+    Then what there is to say of those that can be read. The exit status is 1 if any fails.
     """
     paths, labels = lists.read_videos(args.source, args.data_root)
-    start, bad, total, failed = time.time(), set(), 0, 0
+    start, bad, total, failed, found = time.time(), set(), 0, 0, {}
     with contextlib.ExitStack() as stack:
         jobs = [(path, args.full) for path in paths]
-        results = map(check_file, jobs)
+        results = map(look_at, jobs)
         if args.num_workers > 1:
             pool = multiprocessing.get_context("spawn").Pool(args.num_workers)
-            results = stack.enter_context(pool).imap_unordered(check_file, jobs, 4)
-        for done, (path, n, wrong) in enumerate(results, 1):
+            results = stack.enter_context(pool).imap_unordered(look_at, jobs, 4)
+        for done, ((path, n, wrong), measured) in enumerate(results, 1):
             total += n
+            if measured:
+                found[path] = measured
             if wrong:
                 bad.add(path)
                 failed += 1
@@ -240,9 +461,14 @@ def check_main(args):
     if any(map(prepared.in_set, paths)):
         decoded += "; checksums of prepared videos were compared"
     print(f"\n{len(paths) - failed} of {len(paths)} files can be read, {total} frames; {decoded}")
+    absent = lists.missing(sorted(bad))
+    if absent:
+        print(f"{len(absent)} of them do not exist")
+    for line in summary(paths, labels, found, args.num_frames, args.sampling_rate):
+        print(line)
     if args.write_good:
         good = [(path, label) for path, label in zip(paths, labels) if path not in bad]
-        lists.write_list(args.write_good, good)
+        write_rows(args.write_good, good)
     return 1 if bad else 0
 
 
@@ -250,7 +476,7 @@ def check_main(args):
 
 def prepare_main(args):
     """Decodes and stores a whole list once, see video/prepared.py."""
-    rows = list(zip(*lists.read_videos(args.source, args.data_root)))
+    rows = list(zip(*read(args)))
     settings = dict(form=args.form, sampling_rate=args.sampling_rate, short_side=args.short_side,
                     quality=args.quality, shard_videos=args.shard_videos)
     # so that the workers end with this process
@@ -326,6 +552,8 @@ def get_args(argv=None) -> argparse.Namespace:
     p.add_argument("--fold", default=0, type=at_least(0), help="which of them, 0 to folds - 1")
     p.add_argument("--group", help="regular expression: videos whose paths match it alike stay on "
                                    "one side (one scene, one person, one source video)")
+    p.add_argument("--val_group", help="regular expression: all videos whose paths match it, and "
+                                       "no others, are for validation (one person left out)")
     p.add_argument("--seed", default=0, type=at_least(0))
 
     p = commands.add_parser("check", help="say which files of a data set cannot be read, and why")
@@ -334,6 +562,10 @@ def get_args(argv=None) -> argparse.Namespace:
     p.add_argument("--data_root", default="", help="goes before relative paths of a list")
     p.add_argument("--num_workers", default=os.cpu_count(), type=at_least(1), help="processes")
     p.add_argument("--full", action="store_true", help="decode every frame, not three per file")
+    p.add_argument("--num_frames", default=16, type=at_least(1),
+                   help="of the clips that videos may be too short for (default: %(default)s)")
+    p.add_argument("--sampling_rate", default=4, type=at_least(1),
+                   help="their stride in frames (default: %(default)s)")
     p.add_argument("--write_good", help="write a list of the files that can be read")
 
     p = commands.add_parser("prepare", help="decode a data set once into shards that train without "
