@@ -183,7 +183,8 @@ def test_missing_files_are_said_first():
     assert text.count("12 of 24 files do not exist") == 2 and "validation at step 1" in text, text
     assert text.count(gone[9]) == 2 and gone[10] not in text, text  # ten of each list
     text = call(evaluate, "--ckpt", tmp("half_gone", "last.pt"), "--data", some,
-                "--num_segments", 1, "--num_crops", 1, "--num_workers", 0, "--device", "cpu", "--out_dir", tmp("gone"))
+                "--num_segments", 1, "--num_crops", 1, "--num_workers", 0, "--device", "cpu",
+                "--out_dir", tmp("gone"))
     assert text.index("12 of 24 files do not exist") < text.index("top-1"), text
 
 
@@ -210,7 +211,8 @@ def test_short_videos_are_said_first():
         assert "spans 61 of a video: 31 of 60 videos are shorter" in said(data.PretrainClips)
     text = call(pretrain, *"--size tiny --patch_size 8 --img_size 16 --num_frames 16".split(),
                 "--data", odd_files()["no B-frames"], "--device", "cpu", "--num_workers", 0,
-                "--max_steps", 1, "--batch_size", 1, "--sampling_rate", 3, "--out_dir", tmp("short"))
+                "--max_steps", 1, "--batch_size", 1, "--sampling_rate", 3,
+                "--out_dir", tmp("short"))
     assert text.index("spans 46 of a video: 1 of 1 videos") < text.index("1 videos, tiny"), text
 
 

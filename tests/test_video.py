@@ -298,14 +298,15 @@ def test_folds_of_the_right_size():
     assert [len(rows) for rows in kept] == [30, 20]
     nothing = tmp("nothing"), tmp("nothing_too")
     for fold, words in ((2, "50 of the 100"), (3, "have 0 of the 100")):
-        text = mistake(tools, "split", signers, *nothing, "--group", "ann|bob|cat", "--fold", fold)
+        flags = "--group", "ann|bob|cat", "--fold", fold
+        text = mistake(tools, "split", signers, *nothing, *flags)
         assert words in text and "have 30, 20, 50, 0, 0" in text, text
     train, val, _ = split(signers, "--val_group", "/cat")
     assert len(train) == 80 and len(val) == 20 and all("/cat" in row for row in val)
-    for flags, words in ((["--val_group", "dog"], "takes 0 of the 100"), (["--val_group", "["], "["),
-                         (["--val_group", "mp4"], "takes 100 of"),
-                         (["--val_group", "cat", "--fold", "1"], "leave out")):
-        assert words in mistake(tools, "split", signers, *nothing, *flags), flags
+    for pattern, words in (("dog", "takes 0 of the 100"), ("[", "'['"), ("mp4", "takes 100 of")):
+        assert words in mistake(tools, "split", signers, *nothing, "--val_group", pattern)
+    flags = "--val_group", "cat", "--fold", 1
+    assert "leave out --folds" in mistake(tools, "split", signers, *nothing, *flags)
     ones = label_files("ones", dict(a=1, b=1))
     assert "0 of the 2" in mistake(tools, "split", ones, *nothing)
     assert not any(map(os.path.exists, nothing))
@@ -313,7 +314,7 @@ def test_folds_of_the_right_size():
 
 @test
 def test_copies_stay_on_one_side():
-    """Files of the same bytes are one group, whatever their classes; others of that size are not."""
+    """Files of the same bytes are one group, whatever their classes; a like size is not enough."""
     source = label_files("twins", dict(a=10, b=10))
     shutil.copy(tmp("twins", "a", "0.mp4"), tmp("twins", "b", "0.mp4"))
     shutil.copy(tmp("twins", "a", "1.mp4"), tmp("twins", "a", "2.mp4"))
@@ -326,6 +327,11 @@ def test_copies_stay_on_one_side():
     assert len({row for _, val, _ in parts for row in val}) == 20
     train, val, _ = split(source, "--val_group", "a/[1345]")
     assert sorted(row.split("/")[-1][0] for row in val) == list("12345")
+    alike = [tmp(f"alike_{i}.mp4") for i in range(3)]
+    for path, first in zip(alike, b"aba"):
+        with open(path, "wb") as f:
+            f.write(bytes([first]) + bytes(1 << 18))
+    assert tools.copies(alike) == [[alike[0], alike[2]]]
     folder, videos = tmp("stored"), {}
     os.makedirs(folder)
     for i, content in enumerate((b"a" * 99, b"b" * 99, b"a" * 99)):
