@@ -2,7 +2,7 @@
 
     python data.py index ucf101 trainlist01.txt UCF-101/ ucf_train.tsv   # public layout -> list
     python data.py split my_videos/ train.tsv val.tsv                    # own videos -> two lists
-    python data.py check ucf_train.tsv                                   # a summary, and what is broken
+    python data.py check ucf_train.tsv                                   # a summary; what is broken
     python data.py prepare ucf_train.tsv ucf_train/                      # decode once, for --data
     python data.py toy                                                   # write the toy videos
 """
