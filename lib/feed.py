@@ -24,7 +24,7 @@ class Samples(torch.utils.data.Dataset):
 
     Subclasses have load(index, rng) -> the item; VideoError where paths[index] cannot be read. With
     several kinds of files, `paths` is a list per kind, keys are (epoch, index, kind), and
-    load(index, rng, kind) is called.
+    load(index, rng, kind) is called. What notes() gives, where there is one, is said at the start.
     """
 
     def __init__(self, paths, seed: int):
@@ -32,10 +32,6 @@ class Samples(torch.utils.data.Dataset):
 
     def __len__(self):
         return len(self.paths)
-
-    def notes(self) -> list[str]:
-        """Sentences that a run says of these videos at its start; rank 0 is asked."""
-        return []
 
     def __getitem__(self, key: tuple):
         _, index, *kind = key

@@ -186,7 +186,7 @@ class Run(Process):
             signals.append(number)
         signal.signal(signal.SIGINT, handler)
         signal.signal(signal.SIGTERM, handler)
-        for note in train_set.notes() if self.rank == 0 else ():
+        for note in getattr(train_set, "notes", list)() if self.rank == 0 else ():
             self.say(note)
         model.train()
         return self.net
