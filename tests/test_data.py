@@ -18,7 +18,7 @@ from lib import feed
 from lib.process import Process
 from tests.common import (TUNE, call, labelled, mistake, numbered, numbers, odd_files, raises, run,
                           test, tmp, toy_videos, write)
-from video import decode, lists, pictures, prepared
+from video import decode, lists, pictures, prepared, tools
 
 
 @test
@@ -138,6 +138,39 @@ def test_bad_videos_are_replaced_and_named():
     assert data.PretrainClips([broken], 4, (32, 32), 1)[0, 0][0] is None
     out = run("data.py", "check", tmp("broken"), "--full", ok=False, cwd=toy_videos())
     assert "broken.mp4: cannot be opened" in out
+
+
+@test
+def test_what_was_read_can_be_written():
+    """check and split write every name that they read from a list, or nothing of a list."""
+    os.makedirs(tmp("odd names"))
+    names = ["my clip", "x.mp4 y", ",a", "#c", "a\tb", " s ", "a.mp4\u2028.mkv", "plain"]
+    for name in names:
+        with open(tmp("odd names", name), "wb") as f:
+            f.write(open(os.path.join(toy_videos(), "0.mp4"), "rb").read())
+    rows = [(name, f"class {i % 2}") for i, name in enumerate(names)]
+    source, good = tmp("odd.tsv"), tmp("good.tsv")
+    with open(source, "w", encoding="utf-8") as f:
+        f.writelines(f'"{name}" {label}\n' for name, label in rows)
+    assert lists.read_list(source, tmp("odd names")) == [(tmp("odd names", a), b) for a, b in rows]
+    lists.write_list(good, rows)  # bare names: what a row begins with
+    assert lists.read_list(good, tmp("odd names")) == [(tmp("odd names", a), b) for a, b in rows]
+    call(tools, "check", source, "--data_root", tmp("odd names"), "--write_good", good,
+         "--num_workers", 1)
+    assert lists.read_list(good, "") == [(tmp("odd names", a), b) for a, b in rows]
+    call(tools, "split", source, tmp("a.tsv"), tmp("b.tsv"), "--data_root", tmp("odd names"))
+    parts = [row for name in ("a.tsv", "b.tsv") for row in lists.read_list(tmp(name), "")]
+    assert sorted(parts) == sorted(lists.read_list(good, ""))
+    before = open(good).read()
+    with raises(good, "no\\nname.mp4", "nothing is written"):
+        lists.write_list(good, [*rows, ("no\nname.mp4", None)])
+    assert open(good).read() == before
+    with open(source, "w") as f:
+        f.write("my clip\n")
+    with raises(source, "in double quotes"):
+        lists.read_list(source, tmp("odd names"))
+    text = mistake(tools, "check", good, "--write_good", tmp("nowhere", "x"), "--num_workers", 1)
+    assert "nowhere" in text and "can be read" not in text
 
 
 @test

@@ -20,6 +20,11 @@ MEDIA = "|".join(re.escape(ending) for ending in VIDEO_EXT + IMAGE_EXT)  # a reg
 
 # ---- rows of a list ----
 
+def bare(label: str | None) -> str | None:
+    """A label without the quotes and spaces around it; None: nothing is left."""
+    return re.sub(r'^[\s"]+|[\s"]+$', "", label or "") or None
+
+
 def parse_row(row: str, where: str) -> tuple[str, str | None]:
     """A list row -> (path, label or None). Paths and labels may hold spaces and commas.
 
@@ -29,11 +34,12 @@ def parse_row(row: str, where: str) -> tuple[str, str | None]:
     """
     tabbed = re.fullmatch(rf"(.*(?:{MEDIA}))\t([^\t]*)", row, re.IGNORECASE)  # as we write lists
     if tabbed and not row.startswith('"'):
-        return tabbed[1].strip(), tabbed[2].strip().strip('"') or None
+        return tabbed[1].strip(), bare(tabbed[2])
     quoted = re.fullmatch(r'\s*"([^"]+)"\s*(?:[,\t ]\s*"?(.*?)"?\s*)?', row)
     known = re.fullmatch(rf"(.*?(?:{MEDIA}))(?:\s*[,\t ]\s*(.*?))?\s*", row, re.IGNORECASE)
     # quotes may also be part of a name: "q" s.mp4
-    if quoted and known and not re.search(rf"(?:{MEDIA})$", quoted[1], re.IGNORECASE):
+    inside = quoted and known and known[1].lstrip().startswith(f'"{quoted[1]}"')
+    if inside and not re.search(rf"(?:{MEDIA})$", quoted[1], re.IGNORECASE):
         quoted = None
     match = quoted or known
     for separator in "\t, ":
@@ -41,22 +47,46 @@ def parse_row(row: str, where: str) -> tuple[str, str | None]:
     match = match or re.fullmatch(r' *([^\s,"][^\t, ]*)()', row)
     if not match:
         raise ValueError(f"{where}: {row!r}: expected `path`, or `path label` with a tab, a comma "
-                         "or a space between")
-    path, label = match[1], (match[2] or "").strip().strip('"')
-    return path if quoted else path.strip(), label or None
+                         "or a space between; an odd path in double quotes")
+    return match[1] if quoted else match[1].strip(), bare(match[2])
+
+
+def parse_line(line: str, number: int, source: str) -> tuple[str, str | None] | None:
+    """A list's line, the first has number 1 -> (path, label); None: empty, a comment, a header."""
+    header = number == 1 and line.lower().replace("\t", ",") in HEADERS
+    comment = line.startswith("#") and not re.search(MEDIA, line, re.IGNORECASE)
+    if not line.strip() or header or comment:
+        return None
+    return parse_row(line, f"{source} row {number}")
+
+
+def list_text(rows: list, out: str) -> str:
+    """(path, label or None) rows -> the text of a list `out` that reads back as they are.
+
+    Odd paths are put in double quotes. ValueError names one that no list can hold.
+    """
+    lines = []
+    for path, label in rows:
+        for start in (path, f'"{path}"'):
+            line = f"{start}\t{label}" if label else start
+            with contextlib.suppress(ValueError):  # of what is no row, or no UTF-8
+                if parse_line(line, len(lines) + 1, out) == (path, bare(label)):
+                    if line.encode().splitlines() == [line.encode()]:  # LF and CR end a line
+                        break
+        else:
+            raise ValueError(f"{out}: a list cannot hold {path!r} with the label {label!r}; "
+                             "nothing is written: rename it, or give the folder in the list's "
+                             "place")
+        lines.append(line)
+    return "".join(line + "\n" for line in lines)
 
 
 def write_list(out: str, rows: list):
-    """Writes (path, label or None) rows so that parse_row reads them back.
-
-    Odd paths are put in double quotes.
-    """
-    with open(out, "w", encoding="utf-8") as f:
-        for path, label in rows:
-            row = f"{path}\t{label}" if label else path
-            if parse_row(row, out) != (path, label or None):
-                row = row.replace(path, f'"{path}"', 1)
-            f.write(row + "\n")
+    """Writes a list file, whole or not at all; see list_text."""
+    text = list_text(rows, out)
+    with open(out + ".part", "w", encoding="utf-8") as f:
+        f.write(text)
+    os.replace(out + ".part", out)
 
 
 # ---- sources ----
@@ -116,24 +146,21 @@ def read_list(source: str, data_root: str) -> list[tuple]:
     """A list file -> (path, label) rows; a header, empty lines and # comments are skipped."""
     try:
         with open(source, encoding="utf-8-sig") as f:
-            lines = f.read().splitlines()
+            lines = f.read().split("\n")  # a name may hold what Unicode takes for a line's end
     except UnicodeDecodeError as e:
         raise ValueError(f"{source}: not a text file ({e}); expected a list with a row "
                          "`path label` per video") from None
-    rows = []
-    for i, line in enumerate(lines, 1):
-        header = i == 1 and line.lower().replace("\t", ",") in HEADERS
-        comment = line.startswith("#") and not re.search(MEDIA, line, re.IGNORECASE)
-        if not line.strip() or header or comment:
-            continue
-        path, label = parse_row(line, f"{source} row {i}")
-        rows.append((path if prepared.in_set(path) else os.path.join(data_root, path), label))
+    found = filter(None, (parse_line(line, i, source) for i, line in enumerate(lines, 1)))
+    rows = [(path if prepared.in_set(path) else os.path.join(data_root, path), label)
+            for path, label in found]
     if not rows:
         raise ValueError(f"{source}: an empty list")
     if not any(prepared.exists(path) for path, _ in rows):
         raise ValueError(f"{source}: none of its {len(rows)} files exists, the first is "
                          f"{rows[0][0]!r}; relative paths start at --data_root, or else at the "
-                         "current folder")
+                         "current folder"
+                         + "; a path of unknown ending that holds spaces or commas goes in double "
+                           "quotes" * (not is_media(rows[0][0])))
     return rows
 
 

@@ -240,6 +240,7 @@ def split_main(args):
                              f"videos, the first is {paths[0]}; expected some, but not all")
     else:
         val = fold_of(groups, args)
+    lists.list_text(zip(paths, labels), args.train)  # an impossible name: no list, not one
     kind = "groups" if args.group else "files"
     sides = []
     for out, is_val in ((args.train, False), (args.val, True)):
@@ -435,6 +436,9 @@ def check_main(args):
     Then what there is to say of those that can be read. The exit status is 1 if any fails.
     """
     paths, labels = lists.read_videos(args.source, args.data_root)
+    if args.write_good:  # before hours of reading: can it be written?
+        lists.list_text(zip(paths, labels), args.write_good)
+        open(args.write_good + ".part", "w").close()
     start, bad, total, failed, found = time.time(), set(), 0, 0, {}
     with contextlib.ExitStack() as stack:
         jobs = [(path, args.full) for path in paths]
