@@ -31,8 +31,8 @@ from ava.movie import detect_movie
 from ava.score import report
 from lib.cubes import to_unit
 from lib.optim import lr_at, param_groups
-from lib.process import (Parser, Process, amount, count, fraction, optim_flags, positive,
-                         run_flags, script_main, share, whole)
+from lib.process import (Parser, Process, amount, count, fraction, optim_flags, portion,
+                         positive, run_flags, script_main, share, whole)
 from lib.run import Run
 from model import SIZES, count_params
 from video import augment, lists, toy
@@ -114,7 +114,7 @@ def get_args(argv=None):
                    help="keep the patch embedding and the first N blocks as they are")
     g = optim_flags(p, "key frames", batch_size=16, epochs=30, warmup_epochs=5, lr=2.5e-4,
                     min_lr=1e-6, weight_decay=0.05)
-    g.add_argument("--layer_decay", type=positive, help="factor on the learning rate per block "
+    g.add_argument("--layer_decay", type=portion, help="factor on the learning rate per block "
                    "down (default: .75, from scratch 1)")
     g = p.add_argument_group("scoring, drawing")
     g.add_argument("--protocol", default="paper", choices=["paper", "activitynet"],

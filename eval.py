@@ -30,8 +30,8 @@ import masking
 from lib import plot
 from lib.features import (attention_rollout, features, heat, neighbours, ridge,
                           window_features)
-from lib.process import (Parser, Process, count, device_flags, inner, positive, random_seed,
-                         script_main, whole)
+from lib.process import (Parser, Process, count, device_flags, folder, inner, positive,
+                         random_seed, script_main, whole)
 from lib.reconstruct import panels
 from lib.views import TestVideos, clip_settings, cut, run_views, say_scores, scores
 from model import VideoClassifier
@@ -103,7 +103,7 @@ def get_args(argv=None) -> argparse.Namespace:
     g.add_argument("--mp4", action=flag, default=False,
                    help="reconstruct, attention: also write a video")
     g = device_flags(p)
-    g.add_argument("--out_dir", default="out/eval", help="for what is written")
+    g.add_argument("--out_dir", default="out/eval", type=folder, help="for what is written")
     g.add_argument("--seed", default=0, type=random_seed, help="of the masks of reconstruct")
     g.add_argument("--batch_size", default=32, type=count, help="views per forward pass and rank")
     g.add_argument("--toy", action="store_true",

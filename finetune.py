@@ -103,7 +103,7 @@ def get_args(argv=None):
                    help="decay of averaged weights, which are then tested; 0 = off")
     g = optim_flags(p, "videos", batch_size=16, epochs=100, warmup_epochs=5, lr=1e-3, min_lr=1e-6,
                     weight_decay=0.05, beta2=0.999)
-    g.add_argument("--layer_decay", type=positive,
+    g.add_argument("--layer_decay", type=portion,
                    help="factor on the rate per block down (default: .75, from scratch 1)")
     g = run_flags(p, out_dir="out/finetune")
     g.add_argument("--eval_every", default=1.0, type=positive, help="epochs between validations")

@@ -19,8 +19,8 @@ import data
 import masking
 from lib import reconstruct
 from lib.optim import lr_at, param_groups
-from lib.process import (Parser, count, every, inner, optim_flags, portion, positive, run_flags,
-                         script_main)
+from lib.process import (Parser, count, every, few, inner, optim_flags, portion, positive,
+                         run_flags, script_main)
 from lib.run import Run
 from model import SIZES, VideoMAE, count_params
 from video import lists, toy
@@ -52,7 +52,7 @@ def get_args(argv=None):
     g.add_argument("--size", default="base", choices=list(SIZES))
     g.add_argument("--patch_size", default=16, type=count, help="pixels")
     g.add_argument("--tubelet_size", default=2, type=count, help="frames per cube")
-    g.add_argument("--decoder_depth", type=count, help="blocks (default: the size's)")
+    g.add_argument("--decoder_depth", type=few, help="blocks (default: the size's)")
     g.add_argument("--mask_type", default="tube", choices=["tube", "random", "frame"])
     g.add_argument("--mask_ratio", default=0.9, type=inner,
                    help="share of cubes hidden from the encoder")

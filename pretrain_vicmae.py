@@ -23,8 +23,8 @@ from lib import reconstruct
 from lib.contrastive import head, info_nce
 from lib.feed import MixedBatches
 from lib.optim import lr_at, param_groups
-from lib.process import (Parser, amount, count, every, inner, optim_flags, portion, positive,
-                         run_flags, script_main, whole)
+from lib.process import (Parser, amount, count, every, few, inner, optim_flags, portion,
+                         positive, run_flags, script_main, whole)
 from lib.run import Run
 from model import SIZES, VideoMAE, count_params
 from video import lists, toy
@@ -55,7 +55,7 @@ def get_args(argv=None):
     g = p.add_argument_group("model")
     g.add_argument("--size", default="base", choices=list(SIZES))
     g.add_argument("--patch_size", default=16, type=count, help="pixels")
-    g.add_argument("--decoder_depth", default=8, type=count, help="blocks")
+    g.add_argument("--decoder_depth", default=8, type=few, help="blocks")
     g.add_argument("--decoder_width", default=512, type=count, help="a multiple of the heads")
     g.add_argument("--decoder_heads", default=16, type=count)
     g.add_argument("--proj_width", default=4096, type=count, help="of the projector's layers")

@@ -3,7 +3,6 @@
 Hugging Face's is written too. Inside this project everything has the reference's names.
 """
 
-import argparse
 import json
 import math
 import os
@@ -14,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import repeat
 
+from lib.checkpoint import load_torch
 from lib.cubes import resize_table
 from model import IMAGE_PARTS, SIZES, VideoClassifier, VideoMAE
 
@@ -121,13 +121,7 @@ def load_file(path: str) -> dict:
             return load_safetensors(path)
         except Exception as e:  # a SafetensorError is a plain Exception
             raise ValueError(f"{path}: not a safetensors file ({e})") from None
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # released files pickle theirs
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises whatever the broken bytes lead to
-        why = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
-        raise ValueError(f"{path}: not a checkpoint that torch loads with weights_only=True "
-                         f"({why})") from None
+    content = load_torch(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dict of tensors")
     return content

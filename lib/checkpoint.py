@@ -1,7 +1,10 @@
 """Checkpoints and logs on disk: written whole or not at all, checked before they are used."""
 
+import argparse
 import json
 import os
+import re
+import zipfile
 
 import torch
 
@@ -17,6 +20,33 @@ def write_whole(path: str, state: dict):
     os.replace(path + ".part", path)
 
 
+def load_torch(path: str):
+    """What a file of torch.save holds, on the CPU; ValueError says what is wrong with it.
+
+    Pickled code is not executed. torch stores a CRC-32 of each record and reads on over damage;
+    zipfile compares them (3 GB/s). Files older than torch 1.6 have none, others may go without.
+    """
+    damaged = None
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                summed = any(record.CRC for record in file.infolist())
+                damaged = summed and file.testzip()
+        if not damaged:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # released files' args
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as e:  # torch raises whatever the broken bytes lead to
+        code = re.search(r"GLOBAL (\S+)", str(e))
+        why = "cut off, damaged, or not written by torch.save"
+        if code:
+            why = f"it holds a pickled {code[1]}, and only tensors and plain values are read"
+        raise ValueError(f"{path}: not a checkpoint that can be read ({why})") from None
+    raise ValueError(f"{path}: damaged on the disk: the checksum of its record {damaged} differs; "
+                     "take another copy of this file")
+
+
 def read_checkpoint(path: str, script: str, flags, parts=()) -> dict:
     """The checkpoint of a script with these flags; ValueError says what is wrong with it.
 
@@ -24,12 +54,12 @@ def read_checkpoint(path: str, script: str, flags, parts=()) -> dict:
     none of its own may be unknown here: another script wrote it then.
     """
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        lacks = [k for k, kind in PARTS.items() if not isinstance(saved.get(k), kind)]
-        lacks += [k for k in parts if k not in saved]
-    except Exception as e:  # torch raises whatever the broken bytes lead to
-        raise ValueError(f"{path}: not a checkpoint of {script} ({e}); "
-                         "--no-resume moves it aside") from None
+        saved = load_torch(path)
+    except ValueError as e:
+        raise ValueError(f"{e}; --no-resume moves it aside") from None
+    saved = saved if isinstance(saved, dict) else {}
+    lacks = [k for k, kind in PARTS.items() if not isinstance(saved.get(k), kind)]
+    lacks += [k for k in parts if k not in saved]
     if not lacks and not isinstance(saved["args"].get("total_steps"), int):
         lacks = ["args.total_steps"]
     if lacks:
@@ -40,6 +70,13 @@ def read_checkpoint(path: str, script: str, flags, parts=()) -> dict:
         raise ValueError(f"{path}: not a checkpoint of {script}, which has no "
                          f"{', '.join(unknown[:5])}; --no-resume moves it aside")
     return saved
+
+
+def write_rows(path: str, rows: list[str]):
+    """A log.jsonl of these lines, whole at any moment."""
+    with open(path + ".part", "w") as f:
+        f.writelines(rows)
+    os.replace(path + ".part", path)
 
 
 def read_rows(path: str, step: int) -> list[str]:

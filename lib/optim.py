@@ -65,6 +65,10 @@ def load_optimizer(optimizer, state: dict, new_options: bool):
     before, now = lengths(state["param_groups"]), lengths(optimizer.param_groups)
     if before != now:
         raise ValueError(f"groups of {before} parameters, not {now}")
+    theirs, ours = set(state["param_groups"][0]), set(optimizer.param_groups[0])
+    if theirs - ours and ours - theirs:
+        name = type(optimizer).__name__
+        raise ValueError(f"{', '.join(sorted(theirs - ours))} are settings that {name} lacks")
     options = [{k: v for k, v in group.items() if k != "params" and (new_options or k == "fused")}
                for group in optimizer.param_groups]
     optimizer.load_state_dict(state)

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import sys
+import traceback
 
 import torch
 import torch.distributed as dist
@@ -28,11 +29,12 @@ def number(kind, allowed: str, fits):
     return parse
 
 
-count = number(int, "a whole number from 1", lambda x: x >= 1)
-whole = number(int, "a whole number from 0", lambda x: x >= 0)
-random_seed = number(int, "a whole number from 0, below 2^31", lambda x: 0 <= x < 2**31)
-amount = number(float, "a finite number from 0", lambda x: x >= 0)
-positive = number(float, "a finite number above 0", lambda x: x > 0)
+count = number(int, "a whole number from 1, below 2^31", lambda x: 1 <= x < 2**31)
+few = number(int, "a whole number from 1 to 1000", lambda x: 1 <= x <= 1000)  # blocks
+workers = number(int, "a whole number from 0 to 1000", lambda x: 0 <= x <= 1000)
+whole = random_seed = number(int, "a whole number from 0, below 2^31", lambda x: 0 <= x < 2**31)
+amount = number(float, "a number from 0 to 10^9", lambda x: 0 <= x <= 1e9)
+positive = number(float, "a number from 10^-9 to 10^9", lambda x: 1e-9 <= x <= 1e9)
 inner = number(float, "a share above 0, below 1", lambda x: 0 < x < 1)
 share = number(float, "a share in [0, 1]", lambda x: 0 <= x <= 1)
 fraction = number(float, "a share from 0, below 1", lambda x: 0 <= x < 1)
@@ -48,6 +50,13 @@ def every(text: str) -> int | None:
     except argparse.ArgumentTypeError:
         allowed = "a whole number from 0, or never"
         raise argparse.ArgumentTypeError(f"{text}: expected {allowed}") from None
+
+
+def folder(text: str) -> str:
+    """An argparse type: where a folder is or can be made."""
+    if os.path.exists(text) and not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text}: is a file, expected a folder")
+    return text
 
 
 # ---- the command line ----
@@ -112,7 +121,7 @@ def device_flags(p: Parser):
     g.add_argument("--device", help="cuda, cpu or mps (default: the first there is)")
     g.add_argument("--dtype", choices=["bf16", "fp16", "fp32"],
                    help="(default: bf16 where the hardware has it)")
-    g.add_argument("--num_workers", type=whole,
+    g.add_argument("--num_workers", type=workers,
                    help="decoding processes per rank (default: cores per rank, at most 10)")
     return g
 
@@ -121,7 +130,8 @@ def run_flags(p: Parser, out_dir: str):
     """The flags of every stage that trains; -> their group, to add to."""
     flag = argparse.BooleanOptionalAction
     g = device_flags(p)
-    g.add_argument("--out_dir", default=out_dir, help="for checkpoint, log and pictures")
+    g.add_argument("--out_dir", default=out_dir, type=folder,
+                   help="for checkpoint, log and pictures")
     g.add_argument("--seed", default=0, type=random_seed)
     g.add_argument("--compile", action=flag, default=False, help="torch.compile the model")
     g.add_argument("--resume", action=flag,
@@ -275,12 +285,37 @@ class Process:
             dist.destroy_process_group()
 
 
+def memory_lack(error: Exception) -> str | None:
+    """What to tell a user of memory that was too short; None: the error is of another kind.
+
+    Read from what torch and numpy say, on any device, here or in a data worker.
+    """
+    asked = re.search(r"allocate ([\d.]+) ?(bytes|[KMGTPE]i?B)", str(error))
+    size = "more than any memory holds"
+    if asked:
+        power = "bKMGTPE".index(asked[2][0])
+        size = f"{float(asked[1]) * 1024 ** power / 1e9:.3g} GB"
+    elif worker := re.search(r"DataLoader worker .*(killed by|exited).*?\.(?= |$)", str(error)):
+        return f"{worker[0]} Was memory short? Try fewer --num_workers"
+    elif not isinstance(error, MemoryError) and "calculation overflowed" not in str(error):
+        return None
+    where = traceback.extract_tb(error.__traceback__)[1]  # in main()
+    return (f"out of memory at line {where.lineno}, `{where.line}`: a tensor takes {size}; smaller "
+            "clips, batch or model?")
+
+
 def script_main(main):
     """Runs a script's main(): its return value is the exit status, a user's mistake a sentence."""
     script = os.path.basename(sys.argv[0])
     try:
         sys.exit(main())
-    except (ValueError, OSError) as e:
+    except OSError as e:
+        sys.exit(f"{script}: {f'{e.filename}: {e.strerror}' if e.filename else e}")
+    except ValueError as e:
         sys.exit(f"{script}: {e}")
+    except (MemoryError, RuntimeError) as e:
+        if not (why := memory_lack(e)):
+            raise
+        sys.exit(f"{script}: {why}")
     except KeyboardInterrupt:
         sys.exit(130)

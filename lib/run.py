@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from lib.checkpoint import read_checkpoint, read_rows, write_whole
+from lib.checkpoint import read_checkpoint, read_rows, write_rows, write_whole
 from lib.feed import Batches, Waiting, make_loader, send
 from lib.optim import guarded_step, load_optimizer
 from lib.process import Process
@@ -111,9 +111,16 @@ class Run(Process):
         Runs are the same if all flags are (but those of MAY_CHANGE and may_change), and the facts
         given here (what the videos are, for one), the model's config, the classes. A flag that the
         checkpoint does not know had its default. An unfinished other run is refused, a finished
-        one is moved aside by start(). parts: what else of a checkpoint the stage will read.
+        one is moved aside by take_over(). parts: what else of a checkpoint the stage will read.
         """
         args, path = self.args, self.checkpoint
+        shape = config.get("num_frames", 1), *config.get("img_size", ())
+        clips = args.batch_size * self.clips_each
+        size, memory = (x / 1e9 for x in (clips * math.prod(shape) * 3, physical_memory()))
+        if size > memory:
+            raise ValueError(f"--batch_size {args.batch_size}: a batch of {clips} clips of "
+                             f"{'x'.join(map(str, shape))} takes {size:.3g} GB, this machine has "
+                             f"{memory:.3g}")
         self.facts = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE | {*may_change}}
         self.facts |= dict(dtype=self.dtype, global_batch=self.global_batch) | facts
         self.saved, self.changed, self.first_step, self.rows = None, [], 0, []
@@ -133,12 +140,12 @@ class Run(Process):
         finished = saved["step"] >= saved["args"]["total_steps"]
         if (changed or differ) and finished and args.resume is None:
             return None
-        if changed and args.resume is None:
-            raise ValueError(f"{path} holds another unfinished run ({changed}): {ANEW}, or "
-                             "--resume to go on with the new settings")
         if differ:
             raise ValueError(f"{path} holds another model ({changed or ', '.join(differ)}): it "
                              f"cannot go on with this one; {ANEW}")
+        if changed and args.resume is None:
+            raise ValueError(f"{path} holds another unfinished run ({changed}): {ANEW}, or "
+                             "--resume to go on with the new settings")
         if changed:
             self.say(f"going on with other settings: {changed}")
         self.saved, self.first_step = saved, saved["step"]
@@ -154,8 +161,8 @@ class Run(Process):
         """-> what the loop calls in the model's place: on the device, compiled, in DDP.
 
         model and optimizer (or a list of them) take the checkpoint's states. train_set is read in
-        the order of sampler (default: that of all its samples). Once all this has succeeded,
-        another run's files in out_dir are moved aside and the log is cut at the checkpoint.
+        the order of sampler (default: that of all its samples). out_dir stays as it is until there
+        is something to write: see take_over().
         """
         self.optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == "fp16")
@@ -166,14 +173,20 @@ class Run(Process):
         if self.world > 1:
             ids = [self.local_rank] if self.device.type == "cuda" else None
             norms = torch.nn.modules.batchnorm._BatchNorm  # their buffers alone ever change
-            self.net = DistributedDataParallel(
-                self.net, device_ids=ids,
-                broadcast_buffers=any(isinstance(m, norms) for m in model.modules()))
+            self.net = DistributedDataParallel(self.net, device_ids=ids)
+            # as an argument torch 2.13 warns of it, 2.11 has no other
+            self.net.broadcast_buffers = any(isinstance(m, norms) for m in model.modules())
         if sampler is None:
             sampler = self.sampler(self.samples, self.args.batch_size)
         self.loader = make_loader(train_set, sampler, self.num_workers, self.device)
-        self.take_over()
+        self.same_on_all_ranks()
         self.saved, self.step = None, self.first_step
+        self.owned, self.board, self.bad_seen, self.bad_new = False, None, set(), []
+        if self.first_step:
+            self.say(f"resumed {self.checkpoint} at step {self.first_step} of {self.total_steps}")
+            if os.path.exists(self.bad_file):
+                with open(self.bad_file) as f:
+                    self.bad_seen = {row.split("\t")[0] for row in f}
         self.sums = self.averages = self.failure = None
         self.skipped, self.in_row = torch.zeros(2, device=self.device)  # non-finite steps
         self.generator = torch.Generator(device=self.device)
@@ -208,25 +221,31 @@ class Run(Process):
                 self.scaler.load_state_dict(self.saved["scaler"])
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as e:
             raise ValueError(f"{self.checkpoint}: its optimizer is not that of this run ({e}); "
-                             "which parameters are trained and grouped (--freeze, a --layer_decay "
-                             f"of 1) cannot change within a run; {ANEW}") from None
+                             "the optimiser, which parameters it trains and how they are grouped "
+                             f"cannot change within a run; {ANEW}") from None
 
-    def take_over(self):
-        """out_dir becomes this run's."""
+    def same_on_all_ranks(self):
+        """ValueError where ranks see different checkpoints."""
         steps = torch.tensor([self.first_step, -self.first_step])
-        if self.world > 1:  # all have looked before anyone moves or writes files
+        if self.world > 1:
             dist.all_reduce(steps, dist.ReduceOp.MAX, group=self.host_group)
         if steps.sum() != 0:
             raise ValueError(f"not all ranks see the same {self.checkpoint}: --out_dir must be on "
                              "a disk that all nodes share")
-        out_dir = self.args.out_dir
+
+    def take_over(self):
+        """out_dir becomes this run's, on rank 0, once: when the first step was made.
+
+        Another run's files are moved aside, or the log is cut at the checkpoint. So nothing has
+        changed there if the first step fails, for want of memory for one.
+        """
+        if self.rank != 0 or self.owned:
+            return
+        out_dir, self.owned = self.args.out_dir, True
         old = [f for f in sorted(os.listdir(out_dir)) if re.match(OURS, f)]
-        if self.saved:
-            self.say(f"resumed {self.checkpoint} at step {self.first_step} of {self.total_steps}")
-            if self.rank == 0 and os.path.exists(self.log_file):
-                with open(self.log_file, "w") as f:
-                    f.writelines(self.rows)
-        elif self.rank == 0 and old:
+        if self.first_step:
+            write_rows(self.log_file, self.rows)
+        elif old:
             names = (f"previous-{n}" for n in itertools.count(1))
             kept = next(name for name in names if not os.path.exists(self.path(name)))
             os.mkdir(self.path(kept))
@@ -234,11 +253,7 @@ class Run(Process):
                 os.rename(self.path(f), self.path(os.path.join(kept, f)))
             why = f" ({', '.join(self.changed)})" if self.changed else ""
             self.say(f"{out_dir} held another run{why}: kept in {kept}/")
-        self.board = self.board_class(out_dir) if self.board_class and self.rank == 0 else None
-        self.bad_seen = set()
-        if os.path.exists(self.bad_file):
-            with open(self.bad_file) as f:
-                self.bad_seen = {row.split("\t")[0] for row in f}
+        self.board = self.board_class(out_dir) if self.board_class else None
 
     # ---- in the loop
 
@@ -270,12 +285,12 @@ class Run(Process):
         for micro in range(args.accum_steps):
             with self.waiting:
                 batch, bad = next(self.stream)
-            for path, why in bad:
-                self.note_bad(path, why)
+            self.bad_new += bad
             self.reads += args.batch_size + len(bad)
             self.bad_reads += len(bad)
             if batch is None:
-                raise ValueError(f"10 reads in a row failed, the last: {bad[-1][1]}")
+                raise ValueError(f"10 reads in a row failed, the last: {bad[-1][1]}; `python "
+                                 "data.py check` lists all")
             if self.world > 1:  # what DDP's no_sync() sets
                 self.net.require_backward_grad_sync = micro == args.accum_steps - 1
             if torch.is_tensor(batch):
@@ -317,10 +332,13 @@ class Run(Process):
         if self.scaler.is_enabled():
             self.scaler.update()
         self.step += 1
+        self.take_over()
         stopping = torch.tensor(max(self.signals, default=0))
         if self.world > 1:
             dist.all_reduce(stopping, dist.ReduceOp.MAX, group=self.host_group)
         self.stopping = int(stopping)
+        while self.bad_new:
+            self.note_bad(*self.bad_new.pop(0))
 
     def due(self, every: int | None, at_stop: bool = True) -> bool:
         """Whether what happens every so many steps does now; also at the end and when stopping.
@@ -399,11 +417,21 @@ class Run(Process):
         return int(reads), int(bad_reads), max(waited)
 
     def write_row(self, row: dict):
-        """Appends numbers to log.jsonl and the event files; what is not finite becomes null."""
+        """Appends numbers to log.jsonl and the event files; what is not finite becomes null.
+
+        A test made anew, as the run was killed between its row and its checkpoint, has one row.
+        """
         if self.rank != 0:
             return
-        with open(self.log_file, "a") as f:
-            f.write(json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n")
+        self.take_over()
+        line = json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n"
+        if row["step"] == self.first_step:
+            same = lambda old: old["step"] == row["step"] and old.keys() == row.keys()
+            self.rows = [old for old in self.rows if not same(json.loads(old))] + [line]
+            write_rows(self.log_file, self.rows)
+        else:
+            with open(self.log_file, "a") as f:
+                f.write(line)
         for k, v in row.items() if self.board else ():
             if k != "step":
                 self.board.add_scalar(k, v, row["step"])
@@ -426,6 +454,7 @@ class Run(Process):
         """A checkpoint in out_dir, by rank 0: what the stage gives, and what tells of the run."""
         if self.rank != 0:
             return
+        self.take_over()
         args = vars(self.args) | self.facts | dict(total_steps=self.total_steps)
         about = dict(step=self.step, epoch=self.epoch(self.step), args=args, classes=None,
                      rng=dict(seed=self.args.seed))  # all draws follow from it, step and index
@@ -465,6 +494,11 @@ def import_tensorboard():
     except ImportError:
         raise ValueError("--tensorboard needs `pip install tensorboard`") from None
     return SummaryWriter
+
+
+def physical_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_memory(device: torch.device) -> int:

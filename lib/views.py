@@ -41,8 +41,8 @@ def cut(frames: torch.Tensor, index: torch.Tensor, img_size: tuple, num_crops: i
     centred along the other; one is the centre.
     """
     (h, w), (H, W) = frames.shape[1:3], img_size
-    views = []
-    for clip in index:
+    views = frames.new_empty((len(index), num_crops, index.shape[1], H, W, frames.shape[-1]))
+    for clip, of_clip in zip(index, views):
         x = frames[clip]  # (T, h, w, C)
         for k in range(num_crops):
             along = k / (num_crops - 1) if num_crops > 1 else 0.5
@@ -51,8 +51,8 @@ def cut(frames: torch.Tensor, index: torch.Tensor, img_size: tuple, num_crops: i
                 top = int(along * (h - H))
             else:
                 left = int(along * (w - W))
-            views.append(x[:, top:top + H, left:left + W])
-    return torch.stack(views)
+            of_clip[k] = x[:, top:top + H, left:left + W]
+    return views.flatten(0, 1)
 
 
 class TestVideos(torch.utils.data.Dataset):

@@ -6,6 +6,7 @@ import functools
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import unittest.mock
@@ -16,12 +17,12 @@ import finetune
 import pretrain
 import pretrain_moco
 import weights
-from lib.optim import lr_at
-from lib.process import best_dtype
+from lib.optim import load_optimizer, lr_at
+from lib.process import best_dtype, script_main
 from lib.run import Run
 from tests.common import (DETECT, HERE, TUNE, as_script, ava_data, call, checkpoint, children,
-                          difference, flags_of, kill_tree, log_rows, mistake, module_of, read, run,
-                          start, test, test_each, tmp, toy_videos, tune_data)
+                          difference, flags_of, kill_tree, labelled, log_rows, mistake, module_of,
+                          raises, read, run, start, test, test_each, tmp, toy_videos, tune_data)
 
 
 # ---------------------------------------------------------------- the table of stages
@@ -399,10 +400,23 @@ def test_user_mistakes(script):
         text = mistake(module_of(script), *stage_args(script, out), *flags.split())
         assert all(word in text for word in words), (flags, text)
         assert files(out) == before, flags
+    full = unittest.mock.patch.object(Run, "add", side_effect=MemoryError)  # in the first step
+    with full, contextlib.suppress(MemoryError):
+        call(module_of(script), *stage_args(script, out, "--lr", 0.01))
+    assert files(out) == before
     text = run(script, *stage_args(script, out, "--device", "foo"), ok=False)
     assert "--device foo" in text and "Traceback" not in text, text
     assert "finished" in call(module_of(script), *stage_args(script, out))
     assert files(out) == before
+
+
+def spoil(path, tensor):
+    """Overwrites 4 KB (less in a small one) in the middle of a tensor that lies in a file."""
+    start = open(path, "rb").read().find(tensor.numpy().tobytes())
+    assert start > 0
+    with open(path, "r+b") as f:
+        f.seek(start + tensor.nbytes // 2)
+        f.write(b"\xff" * min(4096, tensor.nbytes // 2))
 
 
 @test_each(STAGES)
@@ -440,6 +454,11 @@ def test_damaged_checkpoints_and_logs(script):
             f.write(content)
         refused(path, "not a checkpoint")
     torch.save(good, path)
+    spoil(path, good["model"][weight])
+    refused(path, "damaged on the disk", "data/", "another copy")
+    with raises(path, "damaged on the disk"):
+        weights.read_weights(path)  # what eval.py and --init take
+    torch.save(good, path)
     rows = open(log).read()
     for row in ("[1]", '{"loss": 1}', "1", '{"step": "x"}', "{"):
         with open(log, "w") as f:
@@ -448,6 +467,92 @@ def test_damaged_checkpoints_and_logs(script):
     with open(log, "wb") as f:
         f.write(b"\xbe\xff\n" + rows.encode())
     refused(log, "row 1")
+
+
+@test_each(["finetune.py", "detect_ava.py"])
+def test_killed_between_a_validation_and_its_checkpoint(script):
+    """Killed twice after a validation's row was written: at the end each row stands there once."""
+    class Killed(Exception):
+        pass
+
+    def killed_after(run, row):
+        write_row(run, row)
+        if "lr" not in row:
+            raise Killed
+
+    def stopped_at(run, *args):
+        update(run, *args)
+        run.stopping = signal.SIGTERM * (run.step == step)
+    out, write_row, update = tmp(f"validation_{script}"), Run.write_row, Run.update
+    rows = [(row["step"], row.keys()) for row in log_rows(whole(script))]
+    step = next(row["step"] for row in log_rows(whole(script)) if "lr" not in row)
+    with unittest.mock.patch.object(Run, "update", stopped_at):  # before its validation
+        with as_script(module_of(script), *stage_args(script, out)):
+            assert module_of(script).main() == 128 + signal.SIGTERM
+    for _ in range(2):
+        with unittest.mock.patch.object(Run, "write_row", killed_after):
+            with contextlib.suppress(Killed):
+                call(module_of(script), *stage_args(script, out))
+        assert [(row["step"], row.keys()) for row in log_rows(out)] == rows[:step + 1]
+    call(module_of(script), *stage_args(script, out))
+    assert_same(results(out), results(whole(script)), script)
+
+
+@test
+def test_another_optimizer_is_refused():
+    """States of AdamW in SGD, and the other way, are refused before a step, with what differs."""
+    p = torch.nn.Parameter(torch.ones(3))
+    makes = [lambda: torch.optim.AdamW([p], lr=0.1), lambda: torch.optim.SGD([p], lr=0.1)]
+    for (make, other), word in ((makes, "betas"), (makes[::-1], "momentum")):
+        optimizer = make()
+        p.grad = torch.ones(3)
+        optimizer.step()
+        load_optimizer(make(), optimizer.state_dict(), False)
+        with raises(word, type(other()).__name__):
+            load_optimizer(other(), optimizer.state_dict(), False)
+
+
+@test_each([*STAGES, "eval.py"])
+def test_extreme_numbers(script):
+    """Numbers that make no sense and sizes that no memory holds: a sentence, out_dir untouched."""
+    module, out = module_of(script), tmp(f"extreme_{script}")
+    args = [*"--num_workers 0 --device cpu --out_dir".split(), out]
+    if script in STAGES:
+        args = stage_args(script, out)
+    else:
+        args += ["--ckpt", os.path.join(whole("finetune.py"), "best.pt"), "--data", labelled()[1]]
+
+    def message(function, flag, value):
+        """What ends a call of the script's, "" where it goes well."""
+        try:
+            with as_script(module, *args, flag, value) as printed:
+                function()
+        except SystemExit as e:
+            return e.code if isinstance(e.code, str) else printed.getvalue()
+        return ""
+    wanted = "expected (a|a whole|a finite)? ?(number|whole|share)"
+    numeric = [f"--{flag}" for flag in flags_of(script)
+               if re.search(wanted, message(module.get_args, f"--{flag}", "word"))]
+    assert len(numeric) > 8, numeric
+    for flag in numeric:
+        for value in "nan inf 1e30 1e308 1e-300 -1 0 1000000000".split():
+            text = message(module.get_args, flag, value)
+            assert not text or re.fullmatch(rf"{script}: .*--.*\n", text), (flag, value, text)
+            assert text or value in ("0", "-1", "1e-300", "1000000000"), (flag, value)
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, limits[1]))  # some machines have more
+    try:
+        sizes = {"--num_frames", "--img_size", "--repeat_aug", "--proj_width"}
+        if script not in STAGES:
+            sizes = {"--num_crops", "--num_segments"}
+        elif script.startswith("pretrain"):  # others need as many videos as a batch has
+            sizes.add("--batch_size")
+        for flag in sizes & {*numeric}:
+            text = message(lambda: script_main(module.main), flag, 10**9)
+            assert re.search(r"takes [\d.e+]+ GB", text) and "\n" not in text, (flag, text)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+    assert not os.path.exists(out) or not os.listdir(out)
 
 
 @test_each(STAGES)

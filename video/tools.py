@@ -520,8 +520,19 @@ def at_least(low: int, at_most: float = math.inf):
     return number
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Shows the default of every flag that has one."""
+
+    def _get_help_string(self, action):
+        hidden = any(action.default is x for x in (None, False, "", argparse.SUPPRESS))
+        return action.help if hidden else f"{action.help} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
-    """Ends the program with one sentence, not with the whole usage."""
+    """Its help shows defaults; an error is one sentence, not the whole usage."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=Help, **kwargs)
 
     def error(self, message: str):
         message = re.sub(r"^argument (--\w+): ", r"\1 ", message)
@@ -530,7 +541,7 @@ class Parser(argparse.ArgumentParser):
 
 def get_args(argv=None) -> argparse.Namespace:
     """The flags; an impossible one ends the program and is named."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     p = commands.add_parser("index", help="turn a public data set's annotation into a list file")
@@ -558,7 +569,7 @@ def get_args(argv=None) -> argparse.Namespace:
                                    "one side (one scene, one person, one source video)")
     p.add_argument("--val_group", help="regular expression: all videos whose paths match it, and "
                                        "no others, are for validation (one person left out)")
-    p.add_argument("--seed", default=0, type=at_least(0))
+    p.add_argument("--seed", default=0, type=at_least(0), help="of the shuffling")
 
     p = commands.add_parser("check", help="say which files of a data set cannot be read, and why")
     p.set_defaults(run=check_main)

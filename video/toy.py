@@ -1,5 +1,6 @@
 """Videos that the code writes itself: toy clips, toy shapes, toy movies in AVA's format."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -26,11 +27,12 @@ def write_once(root: str, parts, fill, log, what: str = "toy videos"):
         return
     part = f"{root}.{socket.gethostname()}.{os.getpid()}.part"  # several may write at once
     log(f"writing the {what} to {root}/")
-    fill(part)
     try:
-        os.rename(part, root)
-    except OSError:  # another process was faster
-        shutil.rmtree(part)
+        fill(part)
+        with contextlib.suppress(OSError):  # another process was faster
+            os.rename(part, root)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 # ---- a texture that moves over one that rests ----
