@@ -18,6 +18,7 @@ machine that does nothing else.
 
 import argparse
 import contextlib
+import functools
 import gc
 import importlib
 import itertools
@@ -40,7 +41,7 @@ import data
 import masking
 from lib.feed import Batches, make_loader, send
 from lib.optim import param_groups
-from lib.process import Help, Process, count, script_main
+from lib.process import Help, Process, count, few, script_main
 from lib.views import TestVideos, cut, view_indices
 from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, Attention, VideoClassifier, VideoMAE
 from video import lists, prepared
@@ -197,7 +198,8 @@ def in_processes(name: str, function, all_args: list):
     """function(*args, queue) in a process for each args -> what one of them puts into the queue."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    processes = [context.Process(target=function, args=(*args, queue)) for args in all_args]
+    calls = [functools.partial(function, *args, queue) for args in all_args]
+    processes = [context.Process(target=script_main, args=(call,)) for call in calls]
     for process in processes:
         process.start()
     for process in processes:
@@ -634,14 +636,14 @@ def get_args(argv=None) -> argparse.Namespace:
                            help="how many of them, prepared in a temporary folder")
             p.add_argument("--short_side", default=256, type=count, help="pixels")
         if name == "feed":
-            p.add_argument("--num_workers", default=min(10, os.cpu_count()), type=count,
+            p.add_argument("--num_workers", default=min(10, os.cpu_count()), type=few,
                            help="decoding processes")
-            p.add_argument("--steps", default=20, type=count, help="per round")
+            p.add_argument("--steps", default=20, type=few, help="per round")
         if name == "eval":
             p.add_argument("--model", default="tiny", choices=list(SIZES))
             p.add_argument("--img_size", default=224, type=count, help="pixels")
         else:
-            p.add_argument("--repeats", default=3 if name == "feed" else 7, type=count,
+            p.add_argument("--repeats", default=3 if name == "feed" else 7, type=few,
                            help="measured rounds")
     return parser.parse_args(argv)
 

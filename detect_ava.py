@@ -261,7 +261,7 @@ def main():
     content = b"".join(f"{f.video} {f.second}".encode() + f.boxes.tobytes() + f.labels.tobytes()
                        for f in frames)
     saved = run.resume(
-        model.config, list(names.values()), may_change=OF_TEST, parts=("best", "tested"),
+        model.config, list(names.values()), may_change=OF_TEST, parts=dict(best=float, tested=int),
         sampling_rate=rate, fps=fps, short_side=short_side,
         frames=f"{len(frames)} ({zlib.crc32(content):08x})")
     best, tested = -1.0, 0  # mAP, and the step of the last test

@@ -188,7 +188,8 @@ def main():
         crop_area=args.crop_area, crop_aspect=args.crop_aspect, erase_prob=args.reprob,
         seed=args.seed, **clip_args)
     val_set = TestVideos(val_paths, **clip_args)
-    saved = run.resume(model.config, classes, parts=("ema", "best", "validated", "val_run"),
+    parts = dict(ema=dict | None, best=float, validated=int, val_run=str)
+    saved = run.resume(model.config, classes, parts=parts,
                        videos=lists.fingerprint(paths, labels))
     best, validated = -1.0, 0  # top-1 of best.pt, step of the last validation
     val_run = f"{len(val_paths)} ({zlib.crc32(chr(10).join(val_paths).encode()):08x})"

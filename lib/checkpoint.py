@@ -47,10 +47,10 @@ def load_torch(path: str):
                      "take another copy of this file")
 
 
-def read_checkpoint(path: str, script: str, flags, parts=()) -> dict:
+def read_checkpoint(path: str, script: str, flags, parts={}) -> dict:
     """The checkpoint of a script with these flags; ValueError says what is wrong with it.
 
-    parts: what it has to hold beside PARTS. A checkpoint may lack a flag that is newer than it, but
+    parts: {name: kind} of what it has to hold beside PARTS. A checkpoint may lack a flag that is newer than it, but
     none of its own may be unknown here: another script wrote it then.
     """
     try:
@@ -58,8 +58,8 @@ def read_checkpoint(path: str, script: str, flags, parts=()) -> dict:
     except ValueError as e:
         raise ValueError(f"{e}; --no-resume moves it aside") from None
     saved = saved if isinstance(saved, dict) else {}
-    lacks = [k for k, kind in PARTS.items() if not isinstance(saved.get(k), kind)]
-    lacks += [k for k in parts if k not in saved]
+    wanted = PARTS | parts
+    lacks = [k for k, kind in wanted.items() if k not in saved or not isinstance(saved[k], kind)]
     if not lacks and not isinstance(saved["args"].get("total_steps"), int):
         lacks = ["args.total_steps"]
     if lacks:

@@ -57,7 +57,7 @@ def guarded_step(optimizer, scaler: torch.amp.GradScaler, bad_step: torch.Tensor
 
 
 def load_optimizer(optimizer, state: dict, new_options: bool):
-    """Takes a saved state; ValueError or KeyError where it is that of another optimiser.
+    """Takes a saved state; an error says where it is not one of this optimiser.
 
     new_options: decay, betas and the like are those of this optimiser, not of the saved one.
     """
@@ -69,13 +69,25 @@ def load_optimizer(optimizer, state: dict, new_options: bool):
     if theirs - ours and ours - theirs:
         name = type(optimizer).__name__
         raise ValueError(f"{', '.join(sorted(theirs - ours))} are settings that {name} lacks")
-    options = [{k: v for k, v in group.items() if k != "params" and (new_options or k == "fused")}
+    kinds = (bool,), (int, float, torch.Tensor), (tuple, list)
+    for saved, group in zip(state["param_groups"], optimizer.param_groups):
+        for name in (saved.keys() & group.keys()) - {"params", "fused", "foreach"}:
+            kind = next((k for k in kinds if isinstance(group[name], k)), object)
+            if not isinstance(saved[name], kind):
+                raise ValueError(f"{name} is {saved[name]!r}, not {group[name]!r}")
+    options = [{k: v for k, v in group.items() if k != "params"}
                for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
+    known = {name for moments in optimizer.state.values() for name in moments}
     for group, option in zip(optimizer.param_groups, options):
-        group.update(option)
+        # what the checkpoint does not know is as this optimiser has it
+        group.update({k: v for k, v in option.items()
+                      if new_options or k == "fused" or k not in group})
     for p, moments in optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
-            if moments.get(name) is not None and moments[name].shape != p.shape:
-                shape = tuple(moments[name].shape)
+        for name in {"exp_avg", "exp_avg_sq", "momentum_buffer"} & known:
+            x = moments.get(name)
+            if x is None and name != "momentum_buffer":
+                raise ValueError(f"a parameter of {tuple(p.shape)} has no {name}")
+            if x is not None and x.shape != p.shape:
+                shape = tuple(x.shape)
                 raise ValueError(f"{name} of shape {shape} for a parameter of {tuple(p.shape)}")

@@ -30,7 +30,7 @@ def number(kind, allowed: str, fits):
 
 
 count = number(int, "a whole number from 1, below 2^31", lambda x: 1 <= x < 2**31)
-few = number(int, "a whole number from 1 to 1000", lambda x: 1 <= x <= 1000)  # blocks
+few = number(int, "a whole number from 1 to 1000", lambda x: 1 <= x <= 1000)
 workers = number(int, "a whole number from 0 to 1000", lambda x: 0 <= x <= 1000)
 whole = random_seed = number(int, "a whole number from 0, below 2^31", lambda x: 0 <= x < 2**31)
 amount = number(float, "a number from 0 to 10^9", lambda x: 0 <= x <= 1e9)
@@ -291,17 +291,17 @@ def memory_lack(error: Exception) -> str | None:
     Read from what torch and numpy say, on any device, here or in a data worker.
     """
     asked = re.search(r"allocate ([\d.]+) ?(bytes|[KMGTPE]i?B)", str(error))
-    size = "more than any memory holds"
+    size = ""
     if asked:
         power = "bKMGTPE".index(asked[2][0])
-        size = f"{float(asked[1]) * 1024 ** power / 1e9:.3g} GB"
+        size = f"one tensor takes {float(asked[1]) * 1024 ** power / 1e9:.3g} GB; "
     elif worker := re.search(r"DataLoader worker .*(killed by|exited).*?\.(?= |$)", str(error)):
         return f"{worker[0]} Was memory short? Try fewer --num_workers"
     elif not isinstance(error, MemoryError) and "calculation overflowed" not in str(error):
         return None
     where = traceback.extract_tb(error.__traceback__)[1]  # in main()
-    return (f"out of memory at line {where.lineno}, `{where.line}`: a tensor takes {size}; smaller "
-            "clips, batch or model?")
+    return (f"out of memory at line {where.lineno}, `{where.line}`: {size}smaller clips, batch or "
+            "model?")
 
 
 def script_main(main):

@@ -105,13 +105,13 @@ class Run(Process):
         """Steps -> epochs."""
         return step * self.global_batch / self.samples
 
-    def resume(self, config: dict, classes=None, may_change=(), parts=(), **facts) -> dict | None:
+    def resume(self, config: dict, classes=None, may_change=(), parts={}, **facts) -> dict | None:
         """-> the checkpoint in out_dir if it is this very run's, else None. Nothing is touched yet.
 
         Runs are the same if all flags are (but those of MAY_CHANGE and may_change), and the facts
         given here (what the videos are, for one), the model's config, the classes. A flag that the
         checkpoint does not know had its default. An unfinished other run is refused, a finished
-        one is moved aside by take_over(). parts: what else of a checkpoint the stage will read.
+        one is moved aside by take_over(). parts: {name: kind} of what else the stage will read.
         """
         args, path = self.args, self.checkpoint
         shape = config.get("num_frames", 1), *config.get("img_size", ())
@@ -134,7 +134,7 @@ class Run(Process):
         by_init = [k for k in ("pos_grid", "encoder_norm") if k in config]  # --init may set these
         differ = [k for k, v in config.items()
                   if k not in by_init and saved["config"].get(k, v) != v]
-        differ += [k for k in by_init if k not in saved["config"]]
+        differ += [k for k in by_init if type(saved["config"].get(k)) is not type(config[k])]
         differ += ["classes"] if saved.get("classes") != classes else []
         changed = ", ".join(self.changed)
         finished = saved["step"] >= saved["args"]["total_steps"]

@@ -575,7 +575,8 @@ def get_args(argv=None) -> argparse.Namespace:
     p.set_defaults(run=check_main)
     p.add_argument("source", help="a list file or a folder")
     p.add_argument("--data_root", default="", help="goes before relative paths of a list")
-    p.add_argument("--num_workers", default=os.cpu_count(), type=at_least(1), help="processes")
+    p.add_argument("--num_workers", default=os.cpu_count(), type=at_least(1, at_most=1000),
+                   help="processes")
     p.add_argument("--full", action="store_true", help="decode every frame, not three per file")
     p.add_argument("--num_frames", default=16, type=at_least(1),
                    help="of the clips that videos may be too short for (default: %(default)s)")
@@ -599,7 +600,8 @@ def get_args(argv=None) -> argparse.Namespace:
                    help="compact: JPEG quantiser, 2 (best) to 31")
     p.add_argument("--shard_videos", default=16, type=at_least(1),
                    help="videos per shard, and per unit of work")
-    p.add_argument("--num_workers", default=os.cpu_count(), type=at_least(1), help="processes")
+    p.add_argument("--num_workers", default=os.cpu_count(), type=at_least(1, at_most=1000),
+                   help="processes")
     p.add_argument("--dry_run", action="store_true", help="only say how large it would be")
 
     p = commands.add_parser("toy", help="write the toy videos to toy/ and toy_shapes/")
