@@ -50,8 +50,8 @@ def load_torch(path: str):
 def read_checkpoint(path: str, script: str, flags, parts={}) -> dict:
     """The checkpoint of a script with these flags; ValueError says what is wrong with it.
 
-    parts: {name: kind} of what it has to hold beside PARTS. A checkpoint may lack a flag that is newer than it, but
-    none of its own may be unknown here: another script wrote it then.
+    parts: {name: kind} of what it has to hold beside PARTS. A checkpoint may lack a flag that is
+    newer than it, but none of its own may be unknown here: another script wrote it then.
     """
     try:
         saved = load_torch(path)
