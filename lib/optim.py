@@ -84,10 +84,9 @@ def load_optimizer(optimizer, state: dict, new_options: bool):
         group.update({k: v for k, v in option.items()
                       if new_options or k == "fused" or k not in group})
     for p, moments in optimizer.state.items():
-        for name in {"exp_avg", "exp_avg_sq", "momentum_buffer"} & known:
-            x = moments.get(name)
+        for name in {"step", "exp_avg", "exp_avg_sq", "momentum_buffer"} & known:
+            x, shape = moments.get(name), () if name == "step" else tuple(p.shape)
             if x is None and name != "momentum_buffer":
                 raise ValueError(f"a parameter of {tuple(p.shape)} has no {name}")
-            if x is not None and x.shape != p.shape:
-                shape = tuple(x.shape)
-                raise ValueError(f"{name} of shape {shape} for a parameter of {tuple(p.shape)}")
+            if torch.is_tensor(x) and tuple(x.shape) != shape:
+                raise ValueError(f"{name} of shape {tuple(x.shape)}, expected {shape}")

@@ -510,6 +510,21 @@ def test_another_optimizer_is_refused():
         load_optimizer(make(), optimizer.state_dict(), False)
         with raises(word, type(other()).__name__):
             load_optimizer(other(), optimizer.state_dict(), False)
+    state = makes[0]().state_dict()
+    del state["param_groups"][0]["eps"]  # newer than the checkpoint
+    load_optimizer(optimizer := makes[0](), state, False)
+    assert optimizer.param_groups[0]["eps"] == 1e-8
+    for wrong in (dict(betas=None), dict(weight_decay="x")):
+        state = makes[0]().state_dict()
+        state["param_groups"][0] |= wrong
+        with raises(*wrong, *wrong.values()):
+            load_optimizer(makes[0](), state, False)
+    for wrong in (dict(exp_avg=None), dict(step=torch.ones(2))):
+        (optimizer := makes[0]()).step()
+        state = optimizer.state_dict()
+        state["state"][0] |= wrong
+        with raises(*wrong):
+            load_optimizer(makes[0](), state, False)
 
 
 @test_each([*STAGES, "eval.py"])

@@ -236,8 +236,8 @@ def random_resized_crop(rng, height: int, width: int, area=(0.08, 1), aspect=(3 
     """-> random_box, or the largest central crop whose w/h lies in `aspect`."""
     box = random_box(rng, height, width, area, aspect)
     if box is None:
-        h = min(height, round(width / aspect[0]))
-        w = min(width, round(height * aspect[1]))
+        h = min(height, round(width / aspect[0]) or 1)
+        w = min(width, round(height * aspect[1]) or 1)
         box = (height - h) // 2, (width - w) // 2, h, w
     return box
 
