@@ -85,8 +85,7 @@ def load_optimizer(optimizer, state: dict, new_options: bool):
                       if new_options or k == "fused" or k not in group})
     for p, moments in optimizer.state.items():
         for name in {"step", "exp_avg", "exp_avg_sq", "momentum_buffer"} & known:
-            x, shape = moments.get(name), () if name == "step" else tuple(p.shape)
-            if x is None and name != "momentum_buffer":
-                raise ValueError(f"a parameter of {tuple(p.shape)} has no {name}")
-            if torch.is_tensor(x) and tuple(x.shape) != shape:
-                raise ValueError(f"{name} of shape {tuple(x.shape)}, expected {shape}")
+            x, wanted = moments.get(name), () if name == "step" else tuple(p.shape)
+            found = tuple(getattr(x, "shape", ()))
+            if found != wanted and (x is not None or name != "momentum_buffer"):
+                raise ValueError(f"{name} has shape {found}, expected {wanted}")
