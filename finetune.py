@@ -219,6 +219,9 @@ def main():
     if args.ema:
         start = saved and saved["ema"] or model.state_dict()
         ema = {k: v.to(run.device, copy=True) for k, v in start.items()}
+    if with_toy and shape["size"] != "tiny":
+        clip = torch.zeros(1, shape["num_frames"], *shape["img_size"], 3).to(run.device)
+        run.warn_of_toys(shape["size"], lambda: model(clip).float().sum())
     trained = sum(p.numel() for group in groups for p in group["params"])
     clip_shape = "x".join(map(str, (shape["num_frames"], *shape["img_size"])))
     run.say(f"{shape['size']} with {count_params(model) / 1e6:.1f} M parameters "

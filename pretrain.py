@@ -126,6 +126,10 @@ def main():
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=run.lr,
                                   betas=(0.9, args.beta2), fused=run.fused)
     net = run.start(model, optimizer, train_set)
+    if "toy" in args.data and args.size != "tiny":
+        clip = torch.zeros(1, args.num_frames * twice, *model.config["img_size"], 3).to(run.device)
+        mask = masking.make_mask(args.mask_type, 1, model.grid, args.mask_ratio, device=run.device)
+        run.warn_of_toys(args.size, lambda: model(clip, mask)[0])
     run.say(f"{len(paths)} videos, {args.size} with {count_params(model) / 1e6:.1f} M parameters, "
             f"token grid {'x'.join(map(str, model.grid))}, {num_visible} of {num_tokens} tokens "
             f"visible{f', {num_decoded} decoded' if num_decoded else ''}; {run.summary('videos')}")

@@ -52,6 +52,8 @@ MAY_CHANGE = {
 # what a run writes: moved aside when another one begins
 OURS = r"last\.pt|best\.pt|log\.jsonl|bad_videos|vis_|events|detections\.csv"
 
+LOW_LR = 3e-5  # AdamW's peaks below it were seen to learn nothing in hundreds of steps
+
 ANEW = "choose another --out_dir, or --no-resume to start anew (the old files are kept)"
 
 
@@ -94,12 +96,35 @@ class Run(Process):
 
     def summary(self, what: str) -> str:
         """What every stage says of its plan; a batch holds so many of `what`."""
-        args, each = self.args, self.clips_each
+        args, each, low = self.args, self.clips_each, ""
+        if 0 < self.lr < LOW_LR:
+            low = (f"\nthe peak lr is low: --lr counts per 256 {what}, and a batch of "
+                   f"{self.global_batch} has {self.global_batch / 256:.3g} of it; small batches "
+                   f"learnt at peaks of 3e-4 to 1.5e-3, which --lr "
+                   f"{3e-4 * 256 / self.global_batch:.2g} would begin")
         return (f"{self.world} rank(s) x {args.batch_size} {what} x {args.accum_steps} = batch "
                 f"{self.global_batch}{f' (x {each} clips)' if each > 1 else ''}, "
                 f"{self.total_steps} steps = {self.epoch(self.total_steps):.1f} epochs, "
                 f"peak lr {self.lr:.2e}, {self.device.type} {self.dtype}, "
-                f"{self.num_workers} workers")
+                f"{self.num_workers} workers{low}")
+
+    def warn_of_toys(self, size: str, loss_of_one):
+        """Says what a large model on the toy videos costs, and what --toy is.
+
+        loss_of_one(): the loss of one clip, from which the time of all steps is estimated.
+        """
+        for _ in range(2):  # the second one's time counts
+            start = time.time()
+            with self.autocast:
+                loss = loss_of_one()
+            params = [p for p in self.net.parameters() if p.requires_grad]
+            grads = torch.autograd.grad(loss, params, allow_unused=True)  # no hook of DDP's
+            float(grads[0].sum())  # has waited for the device
+            seconds = time.time() - start
+        clips = self.total_steps * self.global_batch * self.clips_each
+        left = datetime.timedelta(seconds=round(seconds * clips / self.world))
+        self.say(f"a model of size {size} on toy videos: {clips} clips take about {left} here; "
+                 "--toy is a tiny model, for minutes; --data takes your own videos", flush=True)
 
     def epoch(self, step: int) -> float:
         """Steps -> epochs."""
@@ -110,8 +135,8 @@ class Run(Process):
 
         Runs are the same if all flags are (but those of MAY_CHANGE and may_change), and the facts
         given here (what the videos are, for one), the model's config, the classes. A flag that the
-        checkpoint does not know had its default. An unfinished other run is refused, a finished
-        one is moved aside by take_over(). parts: {name: kind} of what else the stage will read.
+        checkpoint does not know had its default. Another run is refused, --no-resume has it moved
+        aside by take_over(). parts: {name: kind} of what else the stage will read.
         """
         args, path = self.args, self.checkpoint
         shape = config.get("num_frames", 1), *config.get("img_size", ())
@@ -138,14 +163,13 @@ class Run(Process):
         differ += ["classes"] if saved.get("classes") != classes else []
         changed = ", ".join(self.changed)
         finished = saved["step"] >= saved["args"]["total_steps"]
-        if (changed or differ) and finished and args.resume is None:
-            return None
         if differ:
             raise ValueError(f"{path} holds another model ({changed or ', '.join(differ)}): it "
                              f"cannot go on with this one; {ANEW}")
         if changed and args.resume is None:
-            raise ValueError(f"{path} holds another unfinished run ({changed}): {ANEW}, or "
-                             "--resume to go on with the new settings")
+            kind = "finished" if finished else "unfinished"
+            raise ValueError(f"{path} holds another {kind} run ({changed}): {ANEW}, or --resume to "
+                             "go on with the new settings")
         if changed:
             self.say(f"going on with other settings: {changed}")
         self.saved, self.first_step = saved, saved["step"]
@@ -191,12 +215,17 @@ class Run(Process):
         self.skipped, self.in_row = torch.zeros(2, device=self.device)  # non-finite steps
         self.generator = torch.Generator(device=self.device)
         self.reads = self.bad_reads = self.stopping = 0
+        self.advised = False
         self.signals = signals = []  # a handler that held the run would keep its workers alive
+        speaks = self.rank == 0
 
         def handler(number, frame):
             if number in signals:  # a second one ends it at once
                 os._exit(128 + number)
             signals.append(number)
+            if speaks:  # print could be interrupted by itself
+                os.write(1, f"signal {number}: stopping after this step; a second one ends the "
+                            "run at once\n".encode())
         signal.signal(signal.SIGINT, handler)
         signal.signal(signal.SIGTERM, handler)
         for note in getattr(train_set, "notes", list)() if self.rank == 0 else ():
@@ -385,6 +414,13 @@ class Run(Process):
         if bad_reads:
             line.append(f"{bad_reads} bad reads")
         self.say(" | ".join(line), flush=True)
+        if not self.advised and self.logged > self.first_step:  # the first line has the start in it
+            self.advised = True
+            if row["waiting"] < 0.05:
+                self.say("hardly waits for data: a prepared set would not make this run faster")
+            elif row["waiting"] > 0.2:
+                self.say("waits for data: `data.py prepare`, more --num_workers or --repeat_aug "
+                         "would make this run faster")
         if int(self.in_row) >= MAX_NONFINITE:
             raise ValueError(f"{int(self.in_row)} steps in a row with a non-finite gradient, at "
                              f"step {self.step}, lr {row['lr']:.2e}: lower --lr or use --clip_grad "

@@ -349,7 +349,7 @@ def test_ranks_and_accumulation_equal_a_bigger_batch(script):
 
 @test_each(STAGES)
 def test_signal_saves_and_other_runs_are_kept(script):
-    """SIGTERM saves; an unfinished run refuses another one, a finished one is set aside."""
+    """SIGTERM saves; another run is refused, or set aside by --no-resume."""
     stage, out = STAGES[script], tmp(f"signal_{script}")
     long = stage_args(script, out, "--max_steps", 1000, "--num_workers", 1)
     process = start(script, *long)
@@ -374,7 +374,10 @@ def test_signal_saves_and_other_runs_are_kept(script):
     call(module_of(script), *one)
     before = files(out)
     assert before.keys() == {"last.pt", "log.jsonl", *stage["writes"]}, [*before]
-    assert "max_steps 1 -> 2" in call(module_of(script), *two)
+    text = mistake(module_of(script), *two)
+    assert "another finished run (max_steps 1 -> 2)" in text and "--no-resume" in text, text
+    assert files(out) == before
+    call(module_of(script), *two, "--no-resume")
     assert files(os.path.join(out, "previous-1")) == before
     after = files(out)
     assert "finished" in call(module_of(script), *two)
@@ -402,7 +405,7 @@ def test_user_mistakes(script):
         assert files(out) == before, flags
     full = unittest.mock.patch.object(Run, "add", side_effect=MemoryError)  # in the first step
     with full, contextlib.suppress(MemoryError):
-        call(module_of(script), *stage_args(script, out, "--lr", 0.01))
+        call(module_of(script), *stage_args(script, out, "--lr", 0.01, "--no-resume"))
     assert files(out) == before
     text = run(script, *stage_args(script, out, "--device", "foo"), ok=False)
     assert "--device foo" in text and "Traceback" not in text, text
