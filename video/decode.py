@@ -132,6 +132,7 @@ class VideoReader:
             raise VideoError(f"{self.path}: no decoder for its video codec")
         self.codec.thread_count = 1  # a worker has one core
         self.codec.thread_type = "NONE"
+        self.codec.open()  # dav1d (AV1) keeps the skip_frame that it was opened with
 
     def __enter__(self):
         return self
