@@ -4,6 +4,8 @@ Nothing that the container claims is trusted. A frame index counts presented fra
 """
 
 import bisect
+import contextlib
+import itertools
 import math
 import os
 from collections import OrderedDict
@@ -13,6 +15,7 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.video.frame import PictureType
 
 # files up to this size (bytes) are read into memory once; longer movies are sought in
 KEEP_PACKETS = 64 << 20
@@ -94,6 +97,8 @@ class VideoReader:
     out frames that are neither wanted nor needed by others.
     """
 
+    counted = False  # whether frames were decoded to count them
+
     def __init__(self, path: str, size_of=None, antialias=True):
         """size_of: (height, width) of an upright frame -> the size that `frames` gives instead.
 
@@ -113,6 +118,7 @@ class VideoReader:
         try:
             self.open_stream()
             self.read_index()
+            self.tell_encoder()
         except VideoError:
             self.container.close()
             raise
@@ -134,6 +140,16 @@ class VideoReader:
         self.codec.thread_type = "NONE"
         self.codec.open()  # dav1d (AV1) keeps the skip_frame that it was opened with
 
+    def tell_encoder(self):
+        """Shows the decoder the first packet of 4:4:4 H.264, where x264 says which version it is.
+
+        Old ones have a bug that the decoder has to know of, else most frames are damaged and some
+        are wrong without an error.
+        """
+        if self.codec.name == "h264" and (self.codec.pix_fmt or "").startswith(("yuv444", "gbr")):
+            with contextlib.suppress(*AV_ERRORS):
+                list(self.decode(self.read(0, 1)))
+
     def __enter__(self):
         return self
 
@@ -147,9 +163,8 @@ class VideoReader:
     def read_index(self):
         """Sets what says where each frame is, from the time stamps of all packets.
 
-        pts: time stamps, by packet; keys: (pts, packet) of the key frames; order: frame index ->
-        packet; times: seconds, by frame; counted: whether frames were decoded to count them;
-        packets: the packets themselves, None for a long file.
+        pts: time stamps, by packet; keys: (pts, packet) where decoding can start; order: frame
+        index -> packet; times: seconds, by frame; packets: themselves, None for a long file.
         """
         size = self.container.size or 0
         long = size > KEEP_PACKETS
@@ -158,28 +173,26 @@ class VideoReader:
             self.packets = None
             self.pts, self.keys, self.order, self.counted, self.times = INDEX_CACHE[stamp]
             return
-        self.packets, self.counted = [], False
-        self.pts, shown, keys = [], [], []
+        self.packets, self.pts, shown, keys = [], [], [], []
         for i, packet in enumerate(self.demux()):
             self.pts.append(packet.pts)
             if packet.is_keyframe:
                 keys.append((packet.pts, i))
-            if keys and self.is_shown(packet):
+            if self.is_shown(packet):
                 shown.append(i)
             if not long:
                 self.packets.append(packet)
         if not self.pts:
             raise VideoError(f"{self.path}: holds no video packets")
-        stamps = [self.pts[i] for i in shown]
+        stamps = [self.pts[i] for i in shown if keys and i >= keys[0][1]]
         unusable = None in stamps or len(set(stamps)) < len(stamps) or not keys
         if unusable or self.guesses_times():
             self.count_frames()
         else:
-            self.keys = sorted(keys)
-            # pictures shown before the first key frame refer to frames that the file does not have
-            first = self.keys[0][0]
-            self.order = sorted((i for i in shown if self.pts[i] >= first),
-                                key=self.pts.__getitem__)
+            start, first = self.find_start(min(keys)[0], keys[0][1], shown)
+            self.keys = sorted({(first, start), *keys})
+            self.order = [i for i in shown if i >= start and self.pts[i] >= first]
+            self.order.sort(key=self.pts.__getitem__)
             base = float(self.stream.time_base or Fraction(1))
             self.times = np.array([self.pts[i] for i in self.order], float) * base
         if not len(self.order):
@@ -189,6 +202,26 @@ class VideoReader:
             INDEX_CACHE[stamp] = self.pts, self.keys, self.order, self.counted, self.times
             while len(INDEX_CACHE) > 256:
                 INDEX_CACHE.popitem(last=False)
+
+    def find_start(self, first: int, key: int, shown) -> tuple[int, int]:
+        """-> (packet to start from, time stamp of the first picture that can be decoded).
+
+        It is mostly that of the first key frame (`first`, its packet `key`). It is earlier where
+        pictures lead the key frame and need no other (RADL), or where a key frame is not called
+        one; later where a file starts with H.264 that is refreshed bit by bit. For pictures that
+        refer to what the file does not have, decoders of H.26x, MPEG-2, VPx and AV1 give none;
+        those of MPEG-4, WMV, H.263 and Theora make up gray, and then no key frame comes first.
+        """
+        early = any(self.pts[i] is not None and self.pts[i] < first for i in shown)
+        if not early and self.codec.name == "h264":  # a millisecond
+            with contextlib.suppress(*AV_ERRORS):
+                early = not list(self.decode(self.read(key, key + 1)))
+        for start in dict.fromkeys((0, key) if early else ()):
+            with contextlib.suppress(*AV_ERRORS):
+                frame = next(self.decode(self.read(start, len(self.pts))), None)
+                if frame and frame.pts is not None and (start == key or frame.key_frame):
+                    return start, frame.pts
+        return key, first
 
     def is_shown(self, packet) -> bool:
         """Whether a packet's picture is presented.
@@ -205,21 +238,25 @@ class VideoReader:
 
     def demux(self):
         """Yields the stream's packets from where the container stands."""
+        locked = "enc_key_id" in self.stream.metadata  # Matroska; MP4 says it of each packet
         try:
-            yield from (p for p in self.container.demux(self.stream) if p.size)
+            for packet in self.container.demux(self.stream):
+                if locked or packet.has_sidedata("encryption_info"):
+                    raise VideoError(f"{self.path}: is encrypted")
+                if packet.size:
+                    yield packet
         except av.EOFError:  # some demuxers raise it where the file was cut off
             return
 
     def count_frames(self):
         """Decodes all frames to count them, where packets have no usable time stamps."""
-        self.counted, self.keys, times = True, [], []
+        self.counted, self.keys, times = True, [(0, 0)], []
         rate = float(self.stream.average_rate or self.stream.guessed_rate or 25)
         try:
             for frame in self.decode(self.read(0, len(self.pts))):
                 times.append(len(times) / rate if frame.time is None else frame.time)
         except av.FFmpegError as e:
-            done = len(times)
-            raise VideoError(f"{self.path}: damaged after frame {done} ({e.strerror})") from None
+            raise self.damaged(len(times) - 1, e) from None
         self.times = np.array(times)
         if not (np.diff(self.times) > 0).all():
             self.times = np.arange(len(times)) / rate
@@ -277,44 +314,78 @@ class VideoReader:
         first, last, n = min(indices), max(indices), len(self)
         if first < 0 or last >= n:
             raise VideoError(f"{self.path}: frames {first}..{last} wanted, it has {n}")
-        found = {}  # frame index -> picture
-        try:
-            if self.counted:
-                frames = self.decode(self.read(0, len(self.pts)))
-                for i, frame in zip(range(last + 1), frames):
-                    if i in indices:
-                        found[i] = self.convert(frame)
-            else:
-                for key, some in self.by_key_frame(indices).items():
-                    wanted = {self.pts[self.order[i]]: i for i in some}
-                    stop = max(self.order[i] for i in some) + 1
-                    self.take(self.read(key, stop), wanted, found)
-        except VideoError:
-            raise
-        except AV_ERRORS as e:
-            where = f"after frame {max(found, default=-1)} of {n}"
-            raise VideoError(f"{self.path}: damaged {where} ({reason(e)})") from None
-        missing = [i for i in indices if i not in found]
+        found, missing, wrong = {}, indices, None  # frame index -> picture
+        for back in (0, 2, len(self.keys)):
+            for key, some in self.by_key_frame(missing, back).items():
+                stop = len(self.pts) if self.counted else max(self.order[i] for i in some) + 1
+                stamp = None if key == self.keys[0][1] else self.pts[key]
+                places = {self.place(i): i for i in some}
+                try:
+                    found.update(dict(self.pick(self.read(key, stop), places, stamp, back)))
+                except VideoError as e:
+                    wrong = e
+            missing = [i for i in indices if i not in found]
         if missing:
-            raise VideoError(f"{self.path}: frame {missing[0]} of {n} gives no picture")
+            raise wrong or VideoError(f"{self.path}: frame {missing[0]} of {n} gives no picture")
         return self.alike(found, indices)
 
-    def by_key_frame(self, indices) -> dict:
-        """Frame indices -> {packet of a key frame: the frames that are decoded from it}."""
+    def check(self):
+        """Decodes all frames in one pass and keeps none; VideoError names the first that fails."""
+        left = set(range(len(self)))
+        start = min(packet for _, packet in self.keys)
+        numbered = self.read(start, len(self.pts))
+        for i, _ in self.pick(numbered, {self.place(i): i for i in left}):
+            left.remove(i)
+        if left:
+            raise VideoError(f"{self.path}: frame {min(left)} of {len(self)} gives no picture")
+
+    def place(self, i: int) -> int:
+        """By what a decoded frame is known as that of index i: its time stamp, or its number."""
+        return i if self.counted else self.pts[self.order[i]]
+
+    def by_key_frame(self, indices, back: int = 0) -> dict:
+        """Frame indices -> {packet of the key frame `back` before their own: those indices}."""
         groups = {}
         for i in sorted(set(indices)):
-            shown_at = self.pts[self.order[i]], len(self.pts)  # above any (pts, packet) of that pts
-            key = self.keys[bisect.bisect_right(self.keys, shown_at) - 1][1]
+            shown_at = self.place(i), len(self.pts)  # above any (pts, packet) of that pts
+            key = self.keys[max(bisect.bisect_right(self.keys, shown_at) - 1 - back, 0)][1]
             groups.setdefault(key, []).append(i)
         return groups
 
-    def take(self, numbered, wanted: dict, found: dict):
-        """Decodes packets; the picture of a time stamp t in `wanted` goes to found[wanted[t]]."""
-        for frame in self.decode(numbered, wanted):
-            if frame.pts in wanted:
-                if frame.is_corrupt:
-                    raise VideoError(f"{self.path}: frame {wanted[frame.pts]} is damaged")
-                found[wanted[frame.pts]] = self.convert(frame)
+    def pick(self, numbered, wanted: dict, key: int | None = None, back: int = 0):
+        """Decodes packets; yields (wanted[place], picture) of the frames whose place is wanted.
+
+        VideoError also where a frame is damaged that others may refer to. key: the time stamp of
+        the packet that starts. Nothing comes where it is no key frame whatever the container says,
+        and where it is one that H.264 refreshes bit by bit: FFmpeg misjudges when that is over, but
+        is right from the second next one on (`back` of them before the wanted).
+        """
+        last, bad = -1, False
+        try:
+            for i, frame in enumerate(self.decode(numbered, None if self.counted else wanted)):
+                place = i if self.counted else frame.pts
+                if key is not None and i == 0:
+                    own = frame.key_frame or frame.pict_type == PictureType.I
+                    if place > key and not back or place == key and not own:
+                        return
+                bad = frame.is_corrupt or bad and not frame.key_frame
+                if bad and (place in wanted or not self.counted):
+                    name = wanted.get(place, f"one that frame {max(wanted.values())} refers to")
+                    raise VideoError(f"{self.path}: frame {name} is damaged")
+                if place in wanted:
+                    last = wanted[place]
+                    yield last, self.convert(frame)
+                    if self.counted and i == max(wanted):
+                        return
+        except VideoError:
+            raise
+        except AV_ERRORS as e:
+            raise self.damaged(last, e) from None
+
+    def damaged(self, last: int, error: Exception) -> VideoError:
+        """What to raise where decoding failed after frame `last`; -1: before the first wanted."""
+        where = f"damaged after frame {last}" if last >= 0 else "no frame could be decoded"
+        return VideoError(f"{self.path}: {where} ({reason(error)})")
 
     def alike(self, found: dict, indices) -> list[np.ndarray]:
         """[found[i] for i in indices]; in a stream that changes its size, as large as the first."""
@@ -326,8 +397,15 @@ class VideoReader:
     def convert(self, frame) -> np.ndarray:
         """A decoded frame -> (H, W, 3) uint8 RGB, turned upright as players do."""
         rgb = to_rgb(frame)
-        if frame.rotation % 360:
-            rgb = np.rot90(rgb, frame.rotation // 90)
+        try:
+            matrix = frame.side_data.get("DISPLAYMATRIX")
+        except ValueError:  # beside data that PyAV does not know, it tells the turn only
+            matrix, rgb = None, np.rot90(rgb, frame.rotation // 90)
+        if matrix:  # the picture's (x, y, 1) @ it is the place on screen
+            turn = np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2].astype(int)
+            if abs(turn[0, 0]) < abs(turn[0, 1]):
+                rgb, turn = rgb.swapaxes(0, 1), turn[::-1]
+            rgb = rgb[::-1 if turn[1, 1] < 0 else 1, ::-1 if turn[0, 0] < 0 else 1]
         if self.size_of:  # at once, so that many frames of a large video fit in memory
             rgb = resized(rgb, *self.size_of(*rgb.shape[:2]), self.antialias)
         return rgb
@@ -351,11 +429,23 @@ class MovieReader(VideoReader):
         if self.guesses_times():
             return super().read_index()
         if stamp not in FIRST_STAMP:
+            FIRST_STAMP[stamp] = None
             numbered = enumerate(self.demux())
-            FIRST_STAMP[stamp] = next((frame.pts for frame in self.decode(numbered)), None)
+            with contextlib.suppress(*AV_ERRORS):
+                head = next(numbered)
+                frame = next(self.decode(itertools.chain([head], numbered)), None)
+                if frame and (frame.key_frame or head[1].is_keyframe):
+                    FIRST_STAMP[stamp] = frame.pts
         self.first = FIRST_STAMP[stamp]
         if self.first is None:
+            self.reopen()
             super().read_index()
+
+    def reopen(self):
+        """Back to the first packet, which not every container can seek to."""
+        self.container.close()
+        self.container = av.open(self.path, metadata_errors="ignore")
+        self.open_stream()
 
     def at(self, seconds) -> tuple[np.ndarray, np.ndarray]:
         """Seconds (any shape) -> the distinct nearest frames (U, H, W, 3), and where each is among
@@ -375,8 +465,9 @@ class MovieReader(VideoReader):
                 raise VideoError(f"{self.path}: damaged near {start:.2f} s ({reason(e)})") from None
             if found:
                 return found
-            self.container.seek(0)
+            self.reopen()
             super().read_index()  # its time stamps cannot be relied on: all packets are read
+            self.tell_encoder()
         times = self.times - self.times[0]
         self.check_end(times[-1], seconds.min())
         unique, inverse = np.unique(nearest(times, seconds.ravel()), return_inverse=True)
@@ -389,10 +480,13 @@ class MovieReader(VideoReader):
                              "asked for")
 
     def near(self, seconds):
-        """As `at`, by seeking; None where time stamps are missing or given twice."""
-        base = float(self.stream.time_base)
+        """As `at`, by seeking; None where time stamps are missing or given twice, or it fails."""
+        base, failed = float(self.stream.time_base), False
         stamps = np.maximum(self.first + seconds.ravel() / base, self.first)
-        for back in (0, 10, 60, math.inf):  # some containers seek too far
+        # some containers seek too far; what is refreshed bit by bit needs the key frames before
+        for back in (0, 10, 60, math.inf):
+            if failed and back == math.inf:
+                break
             start = max(self.first, stamps.min() - back / base)
             try:
                 self.container.seek(math.floor(start), stream=self.stream)
@@ -401,22 +495,24 @@ class MovieReader(VideoReader):
             packets = self.packets_until(stamps.max())
             if packets is None:
                 return None
-            if packets and packets[0].pts <= max(stamps.min(), self.first):
-                break
-        else:
-            return None
-        shown = sorted(p.pts for p in packets if self.is_shown(p) and p.pts >= packets[0].pts)
-        if len(set(shown)) < len(shown):
-            return None
-        self.check_end((shown[-1] - self.first) * base, seconds.min())
-        unique, inverse = np.unique(nearest(np.array(shown, float), stamps), return_inverse=True)
-        wanted = {shown[i]: k for k, i in enumerate(unique)}
-        last = max(i for i, p in enumerate(packets) if p.pts in wanted)
-        found = {}
-        self.take(enumerate(packets[:last + 1]), wanted, found)
-        if len(found) < len(wanted):
-            raise VideoError(f"{self.path}: a frame near {seconds.min():.2f} s gives no picture")
-        return np.stack(self.alike(found, range(len(unique)))), inverse.reshape(seconds.shape)
+            if not packets or packets[0].pts > max(stamps.min(), self.first):
+                continue
+            shown = sorted(p.pts for p in packets if self.is_shown(p) and p.pts >= packets[0].pts)
+            if len(set(shown)) < len(shown):
+                return None
+            self.check_end((shown[-1] - self.first) * base, seconds.min())
+            unique, inverse = np.unique(nearest(np.array(shown, float), stamps),
+                                        return_inverse=True)
+            wanted = {shown[i]: k for k, i in enumerate(unique)}
+            last = max(i for i, p in enumerate(packets) if p.pts in wanted)
+            failed = True
+            key = packets[0].pts if packets[0].pts > self.first else None
+            with contextlib.suppress(VideoError):
+                found = dict(self.pick(enumerate(packets[:last + 1]), wanted, key, back))
+                if len(found) == len(wanted):
+                    found = self.alike(found, range(len(unique)))
+                    return np.stack(found), inverse.reshape(seconds.shape)
+        return None
 
     def packets_until(self, stamp: float) -> list | None:
         """Packets from the next key frame to the picture at `stamp`; None: one has no time."""

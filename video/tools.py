@@ -357,13 +357,13 @@ def check_file(job: tuple[str, bool]) -> tuple[str, int, str | None]:
     try:
         with prepared.open_video(path) as video:
             n = len(video)
-            if isinstance(video, prepared.PreparedVideo):
-                video.check()
-            if full:
-                for i in range(0, n, 64):  # a long video is not held in memory whole
-                    video.frames(range(i, min(i + 64, n)))
-            else:
-                video.frames(np.linspace(0, n - 1, 3).astype(int))
+            video.frames(np.linspace(0, n - 1, 3).astype(int))
+            in_set = isinstance(video, prepared.PreparedVideo)
+            if in_set or full:
+                video.check()  # of a prepared one the checksum, of a file every frame
+            if in_set and full:
+                for i in range(n):
+                    video.frames([i])
             return path, n, None
     except VideoError as e:
         return path, 0, str(e)
