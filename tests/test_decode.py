@@ -271,3 +271,22 @@ def test_check_is_one_pass():
         tracemalloc.stop()
     assert len(read) < 2.1 * 250, len(read)  # the first, middle and last frame by themselves, too
     assert peak < 20 * FRAMES[0].nbytes, peak / FRAMES[0].nbytes
+
+
+@test
+def test_what_refers_to_a_damaged_frame_is_refused():
+    """No frame is wrong without an error, whether the damaged one itself is wanted or not."""
+    path = encoded(**x264("hurt.mp4", "keyint=12:bframes=0"))
+    expected, data = plain(path), bytearray(open(path, "rb").read())
+    with av.open(path) as file:
+        packet = [p for p in file.demux(video=0) if p.size][14]
+    middle = packet.pos + packet.size // 2
+    data[middle:packet.pos + packet.size] = bytes(packet.pos + packet.size - middle)
+    open(path, "wb").write(data)
+    for i, picture in enumerate(expected):
+        with decode.VideoReader(path) as video, contextlib.ExitStack() as stack:
+            if 14 <= i < 24:
+                stack.enter_context(raises("is damaged"))
+            assert (video.frames([i])[0] == picture).all(), i
+    with raises("frame 14 is damaged"), decode.VideoReader(path) as video:
+        video.check()
