@@ -1,4 +1,4 @@
-"""video/decode.py over every kind of stream that PyAV can write: what a clip gives is what is there.
+"""video/decode.py over all kinds of streams that PyAV can write: a clip gives what is there.
 
 Each frame by itself, windows of 8 and strides of 4, each from a fresh reader, against plain
 decoding from the first packet to the last.
