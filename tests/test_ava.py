@@ -492,7 +492,7 @@ def test_the_papers_detection_files():
     for wrong, words in ((None, "--label_map"), ({1: "a"}, "not 1")):
         with raises(path, "5 outputs", words):
             load_detector(path, wrong)
-    text = mistake(evaluate, "--ckpt", path, "--predict", "x.mp4")
+    text = mistake(evaluate, "--ckpt", path, "--predict", f"{tiny_ava()}/movies")
     assert "a detection checkpoint" in text and "detect_ava.py --ckpt" in text
     flags = detect_ava.get_args(["--ckpt", path, "--toy"])
     with raises(path, "class 1 is 'class 1'", f"'{toy.TOY_NAMES[1]}'"):

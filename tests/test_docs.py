@@ -186,7 +186,7 @@ RECIPES = ["A mask", "A loss", "A target", "A data source", "Another optimiser",
 
 @test_each(RECIPES)
 def test_fork(name):
-    """The changes that README and hacking.md show apply to the code as it is; the fork trains, and goes on when stopped."""
+    """README's and hacking.md's changes apply to the code; the fork trains, stops, goes on."""
     assert sorted(recipes()) == sorted(RECIPES)
     fork = tmp(f"fork_{name}")
     keep = shutil.ignore_patterns(".*", "out", "toy", "toy_*", "tests", "docs")
