@@ -145,9 +145,9 @@ def test_what_was_read_can_be_written():
     """check and split write every name that they read from a list, or nothing of a list."""
     os.makedirs(tmp("odd names"))
     names = ["my clip", "x.mp4 y", ",a", "#c", "a\tb", " s ", "a.mp4\u2028.mkv", "plain"]
-    for name in names:
+    for i, name in enumerate(names):
         with open(tmp("odd names", name), "wb") as f:
-            f.write(open(os.path.join(toy_videos(), "0.mp4"), "rb").read())
+            f.write(open(os.path.join(toy_videos(), f"{i}.mp4"), "rb").read())
     rows = [(name, f"class {i % 2}") for i, name in enumerate(names)]
     source, good = tmp("odd.tsv"), tmp("good.tsv")
     with open(source, "w", encoding="utf-8") as f:
@@ -169,8 +169,6 @@ def test_what_was_read_can_be_written():
         f.write("my clip\n")
     with raises(source, "in double quotes"):
         lists.read_list(source, tmp("odd names"))
-    text = mistake(tools, "check", good, "--write_good", tmp("nowhere", "x"), "--num_workers", 1)
-    assert "nowhere" in text and "can be read" not in text
 
 
 @test

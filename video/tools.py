@@ -240,8 +240,8 @@ def split_main(args):
                              f"videos, the first is {paths[0]}; expected some, but not all")
     else:
         val = fold_of(groups, args)
-    lists.list_text(zip(paths, labels), args.train)  # an impossible name: no list, not one
     kind = "groups" if args.group else "files"
+    lists.list_text(zip(paths, labels), args.train)  # both lists can be written, or none is
     sides = []
     for out, is_val in ((args.train, False), (args.val, True)):
         part = [name for name in groups if (name in val) == is_val]
@@ -438,7 +438,6 @@ def check_main(args):
     paths, labels = lists.read_videos(args.source, args.data_root)
     if args.write_good:  # before hours of reading: can it be written?
         lists.list_text(zip(paths, labels), args.write_good)
-        open(args.write_good + ".part", "w").close()
     start, bad, total, failed, found = time.time(), set(), 0, 0, {}
     with contextlib.ExitStack() as stack:
         jobs = [(path, args.full) for path in paths]
@@ -579,9 +578,9 @@ def get_args(argv=None) -> argparse.Namespace:
                    help="processes")
     p.add_argument("--full", action="store_true", help="decode every frame, not three per file")
     p.add_argument("--num_frames", default=16, type=at_least(1),
-                   help="of the clips that videos may be too short for (default: %(default)s)")
+                   help="of the clips that videos may be too short for")
     p.add_argument("--sampling_rate", default=4, type=at_least(1),
-                   help="their stride in frames (default: %(default)s)")
+                   help="their stride in frames")
     p.add_argument("--write_good", help="write a list of the files that can be read")
 
     p = commands.add_parser("prepare", help="decode a data set once into shards that train without "
