@@ -401,7 +401,8 @@ def test_curves_and_confusions():
     assert f"{runs[1]}: step 3, val_top1 40, waiting 50\n" in said
     picture = decode.VideoReader(os.path.join(runs[0], "curves.png")).frames([0])[0]
     assert picture.shape == (450, 1800, 3) and (picture != 255).any()  # 3 panels
-    assert "expected a run's out_dir" in mistake(evaluate, "--plot", tmp("none"), "--out_dir", runs[0])
+    text = mistake(evaluate, "--plot", tmp("none"), "--out_dir", runs[0])
+    assert "expected a run's out_dir" in text, text
 
     path = os.path.join(runs[0], "confusions.png")
     plot.confusions(np.array([0, 0, 0, 2, 2, 2]), np.array([0, 0, 2, 2, 2, 2]), list("abc"), path)

@@ -21,8 +21,9 @@ from lib.optim import load_optimizer, lr_at
 from lib.process import best_dtype, script_main
 from lib.run import Run
 from tests.common import (DETECT, HERE, TUNE, as_script, ava_data, call, checkpoint, children,
-                          difference, flags_of, kill_tree, labelled, log_rows, mistake, module_of,
-                          raises, read, run, start, test, test_each, tmp, toy_videos, tune_data)
+                          clips, difference, flags_of, kill_tree, labelled, log_rows, mask_for,
+                          mistake, module_of, raises, read, run, small, start, test, test_each, tmp,
+                          toy_videos, tune_data)
 
 
 # ---------------------------------------------------------------- the table of stages
@@ -196,6 +197,21 @@ def test_help_shows_defaults():
     for line in ("--min_lr .*default: 0.0", "--epochs .*default: 300", "--seed .*default: 0"):
         assert re.search(line, text), line
     assert "default: None" not in text and "default: False" not in text
+
+
+@test
+def test_what_a_run_says_first():
+    """A peak lr too low to learn at, with the --lr that is not; the time of a large toy model."""
+    said, model = [], small()
+    for lr, low in (("1.5e-4", True), ("1e-2", False)):  # per 256, at a batch of 8
+        run = Run(pretrain.get_args(["--batch_size", "8", "--lr", lr, "--out_dir", tmp("said")]))
+        run.plan(64, 2)
+        text = run.summary("videos")
+        assert ("the peak lr is low" in text and "--lr 0.0096" in text) == low, text
+    run.say, run.net = lambda text, **_: said.append(text), model
+    run.warn_of_toys("base", lambda: model(clips(model, 1), mask_for(model, 1))[0])
+    assert "size base" in said[0] and f"{2 * 800 * 64} clips take about" in said[0], said
+    assert all(p.grad is None for p in model.parameters())
 
 
 @test
