@@ -106,12 +106,22 @@ def get_args(argv=None):
     g.add_argument("--layer_decay", type=portion,
                    help="factor on the rate per block down (default: .75, from scratch 1)")
     g = run_flags(p, out_dir="out/finetune")
+    g.add_argument("--hour", choices=["cpu", "gpu"],
+                   help="presets for your own videos: at most an hour on two cores, or on one "
+                        "GPU; other flags still win")
     g.add_argument("--eval_every", default=1.0, type=positive, help="epochs between validations")
     early = p.peek(argv)
     if early.linear_probe:
         p.preset(rand_aug=[0, 0, 0], reprob=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0,
                  drop_path=0.0, lr=0.1, min_lr=0.0, weight_decay=0.0, layer_decay=1.0, epochs=100,
                  warmup_epochs=10)
+    length = None if early.epochs != p.get_default("epochs") else 1
+    if early.hour == "cpu":  # the clips of pretrain.py --hour
+        p.preset(sampling_rate=2, lr=8e-3, warmup_epochs=10, max_steps=length and 400,
+                 save_every=50, **{} if early.init else dict(size="small", img_size=112))
+    if early.hour == "gpu":
+        p.preset(batch_size=32, lr=4e-3, warmup_epochs=10, max_steps=length and 5000,
+                 **{} if early.init else dict(size="small"))
     if early.toy:  # lr chosen on toy/dev
         p.preset(size="tiny", img_size=32, patch_size=8, num_frames=8, sampling_rate=1,
                  per_class=32, rand_aug=[0, 0, 0], crop_area=[1, 1], crop_aspect=[1, 1],

@@ -68,9 +68,21 @@ def get_args(argv=None):
     optim_flags(p, "videos", batch_size=32, epochs=800, warmup_epochs=40, lr=1.5e-4, min_lr=1e-5,
                 weight_decay=0.05, beta2=0.95)
     g = run_flags(p, out_dir="out/pretrain")
+    g.add_argument("--hour", choices=["cpu", "gpu"],
+                   help="presets for your own videos: at most an hour on two cores, or on one "
+                        "GPU; other flags still win")
     g.add_argument("--vis_every", default=2000, type=every,
                    help="steps between pictures; 0: only at the end; never")
-    if p.peek(argv).toy:
+    early = p.peek(argv)
+    length = None if early.epochs != p.get_default("epochs") else 1
+    if early.hour == "cpu":  # two cores with bf16 units make 2,000 such steps in an hour
+        p.preset(size="small", img_size=112, sampling_rate=2, mask_ratio=0.75, batch_size=8,
+                 repeat_aug=2, lr=1.6e-2, min_lr=3e-4, warmup_epochs=80,
+                 max_steps=length and 1200, save_every=100)
+    if early.hour == "gpu":  # by its FLOPs, on a card of 24 GB; not run
+        p.preset(size="small", batch_size=32, repeat_aug=4, lr=4.8e-3, min_lr=1e-4,
+                 warmup_epochs=80, max_steps=length and 10000)
+    if early.toy:
         p.preset(size="tiny", img_size=32, patch_size=8, num_frames=8, sampling_rate=1,
                  crop_scales=[1], repeat_aug=2, batch_size=32, mask_ratio=0.75, decoder_depth=1,
                  lr=1.2e-2, min_lr=1e-4, epochs=70, warmup_epochs=7, log_every=20)
