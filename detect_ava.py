@@ -199,18 +199,16 @@ def main():
 
     # ---- model: shaped as --init is where the flags do not say otherwise
     if training:
-        norm = NORMS[args.norm or "imagenet"]
         if args.init:
             init = read_weights(args.init)[2]
             if init["detector"]:  # its head is for its input
                 about = init["args"]
-                if not args.norm:
-                    norm = {k: init.get(k, x) for k, x in norm.items()}
         shape = encoder_shape(args.init, size=args.size, num_frames=args.num_frames,
                               img_size=args.img_size and tuple(args.img_size * 2)[:2],
                               patch_size=args.patch_size, tubelet_size=args.tubelet_size)
+        shape |= NORMS.get(args.norm, {})
         model = Detector(len(names), args.aligned, drop_path=args.drop_path,
-                         checkpointing=args.checkpointing, **norm, **shape)
+                         checkpointing=args.checkpointing, **shape)
         if args.freeze > len(model.blocks):
             raise ValueError(f"--freeze {args.freeze}: expected at most the {len(model.blocks)} "
                              f"blocks of {shape['size']}")

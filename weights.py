@@ -3,6 +3,7 @@
 Hugging Face's is written too. Inside this project everything has the reference's names.
 """
 
+import functools
 import json
 import math
 import os
@@ -44,6 +45,7 @@ TO_HF = [(r"^encoder\.", ""),
          (r"\.attn\.proj\.", ".attention.output.dense."),
          (r"\.attn\.", ".attention.attention.")]
 
+HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that a folder has is read
 
 # mean and std of the input in the paper's detection code, whose files do not tell them
 DETECTION_MEAN = [122.7717 / 255, 115.9465 / 255, 102.9801 / 255]
@@ -127,16 +129,65 @@ def load_file(path: str) -> dict:
     return content
 
 
-def read_hf_config(path: str) -> tuple[dict, tuple, list | None]:
-    """A Hugging Face config.json -> (num_frames and img_size, token grid, class names or None)."""
-    with open(path) as f:
-        c = dict(num_frames=16, tubelet_size=2, image_size=224, patch_size=16) | json.load(f)
+@functools.cache
+def hub_folder(name: str) -> str:
+    """hf:owner/model[@revision] -> the folder of its files in huggingface_hub's cache.
+
+    What is not there yet is downloaded: config.json, preprocessor_config.json if there is one, and
+    model.safetensors or else pytorch_model.bin. Where the cache lies (HF_HOME, HF_HUB_CACHE) and
+    whether the hub is asked at all (HF_HUB_OFFLINE) is that package's matter. It locks each file:
+    of several ranks one downloads it, the others wait. ValueError is one sentence.
+    """
+    try:
+        from huggingface_hub import constants, errors, snapshot_download
+    except ImportError:
+        raise ValueError(f"{name}: needs `pip install huggingface_hub safetensors`") from None
+    repo, _, revision = name.removeprefix("hf:").partition("@")
+    try:
+        for weights in HF_WEIGHTS:
+            wanted = ["config.json", "preprocessor_config.json", weights]
+            folder = snapshot_download(repo, revision=revision or None, allow_patterns=wanted)
+            if all(os.path.exists(os.path.join(folder, f)) for f in (wanted[0], weights)):
+                return folder
+        why = f"it has no config.json with {' or '.join(HF_WEIGHTS)}"
+    except errors.HFValidationError:
+        why = "expected hf:owner/model or hf:owner/model@revision"
+    except errors.RepositoryNotFoundError:
+        why = "the hub has no such model, or shows it only after `hf auth login`"
+    except errors.RevisionNotFoundError:
+        why = f"no branch, tag or commit of this model is called {revision}"
+    except errors.LocalEntryNotFoundError:
+        asked = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub does not answer"
+        why = f"it is not in the cache {constants.HF_HUB_CACHE} (or not all of it), and {asked}"
+    except Exception as e:  # of the network, the hub, the disk
+        why = str(e).splitlines()[0] if str(e) else type(e).__name__
+    raise ValueError(f"{name}: {why}")
+
+
+def read_hf_config(folder: str) -> tuple[dict, tuple, list | None]:
+    """The configuration in a Hugging Face folder -> (what it says of us, token grid, class names).
+
+    The first has num_frames, img_size, heads, of the decoder norm_pix_loss, dec_width, dec_heads,
+    and mean and std of the input where there is a preprocessor_config.json.
+    """
+    with open(os.path.join(folder, "config.json")) as f:  # it lacks what is transformers' default
+        c = dict(num_frames=16, tubelet_size=2, image_size=224, patch_size=16,
+                 num_attention_heads=12, norm_pix_loss=True, decoder_hidden_size=384,
+                 decoder_num_attention_heads=6) | json.load(f)
     sides = c["image_size"] if isinstance(c["image_size"], list) else [c["image_size"]] * 2
     grid = (c["num_frames"] // c["tubelet_size"], *(s // c["patch_size"] for s in sides))
     classes = None
     if "id2label" in c:
         classes = [c["id2label"][str(i)] for i in range(len(c["id2label"]))]
-    return dict(num_frames=c["num_frames"], img_size=sides), grid, classes
+    config = dict(num_frames=c["num_frames"], img_size=sides, heads=c["num_attention_heads"],
+                  norm_pix_loss=c["norm_pix_loss"], dec_width=c["decoder_hidden_size"],
+                  dec_heads=c["decoder_num_attention_heads"])
+    images = os.path.join(folder, "preprocessor_config.json")
+    if os.path.exists(images):
+        with open(images) as f:
+            images = json.load(f)
+        config |= {k: images[f"image_{k}"] for k in ("mean", "std") if images.get(f"image_{k}")}
+    return config, grid, classes
 
 
 def read_weights(path: str) -> tuple[dict, list, dict]:
@@ -147,14 +198,14 @@ def read_weights(path: str) -> tuple[dict, list, dict]:
     pretrained (holds a decoder), detector (is one: it has cls_score), mean and std (where known),
     classes (names or None), args (of our script, or {}). ValueError names the file.
     """
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
-    if os.path.isdir(path):
-        names = ("model.safetensors", "pytorch_model.bin")
-        found = [f for f in names if os.path.exists(os.path.join(path, f))]
+    file = hub_folder(path) if path.startswith("hf:") else path
+    folder = file if os.path.isdir(file) else os.path.dirname(file)
+    if os.path.isdir(file):
+        found = [f for f in HF_WEIGHTS if os.path.exists(os.path.join(folder, f))]
         if not found:
-            raise ValueError(f"{path}: holds neither {' nor '.join(names)}")
-        path = os.path.join(path, found[0])
-    state = load_file(path)
+            raise ValueError(f"{path}: holds neither {' nor '.join(HF_WEIGHTS)}")
+        file = os.path.join(folder, found[0])
+    state = load_file(file)
     config, about = {}, dict(classes=None, args={})
     if isinstance(state.get("config"), dict):  # ours
         config, about["classes"] = state["config"], state.get("classes")
@@ -162,9 +213,9 @@ def read_weights(path: str) -> tuple[dict, list, dict]:
     for key in ("ema", "model", "module", "state_dict"):
         state = state[key] if isinstance(state.get(key), dict) else state
     grid = config.get("pos_grid", (8, 14, 14))  # released files: 16 x 224 x 224
-    hf_config = os.path.join(folder, "config.json")
-    if any(k.startswith("videomae.") for k in state) and os.path.exists(hf_config):
-        config, grid, classes = read_hf_config(hf_config)
+    described = os.path.exists(os.path.join(folder, "config.json"))
+    if any(k.startswith("videomae.") for k in state) and described:
+        config, grid, classes = read_hf_config(folder)
         about["classes"] = classes or about["classes"]
     state = to_reference({k: v for k, v in state.items() if isinstance(v, torch.Tensor)})
 
@@ -191,6 +242,9 @@ def read_weights(path: str) -> tuple[dict, list, dict]:
     if about["detector"] and not config:
         about |= dict(mean=DETECTION_MEAN, std=DETECTION_STD)
     about |= config
+    heads = SIZES[about["size"]]["heads"] if about["size"] else None
+    if heads and about.get("heads", heads) != heads:
+        raise ValueError(f"{path}: {about['heads']} heads at width {width}, expected {heads}")
     about |= {part: True for part in IMAGE_PARTS if part in state}
     return state, list(grid), about
 
@@ -200,14 +254,14 @@ def read_weights(path: str) -> tuple[dict, list, dict]:
 def encoder_shape(init: str | None, **flags) -> dict:
     """The keyword arguments of an Encoder as an --init file has them where the flags do not say.
 
-    flags (None: not given): size, num_frames, img_size (H, W), patch_size, tubelet_size. Weights of
-    images, which know no time, get a temporal table in a model of several temporal slots.
-    ValueError names the file.
+    Among them mean and std of its input, where the file tells them. flags (None: not given): size,
+    num_frames, img_size (H, W), patch_size, tubelet_size. Weights of images, which know no time,
+    get a temporal table in a model of several temporal slots. ValueError names the file.
     """
     shape = dict(size="base", num_frames=16, img_size=[224, 224], patch_size=16, tubelet_size=2)
     if init:
         _, grid, about = read_weights(init)
-        parts = {k: True for k in IMAGE_PARTS if about.get(k)}
+        parts = {k: about[k] for k in (*IMAGE_PARTS, "mean", "std") if about.get(k)}
         shape = {k: about[k] for k in shape} | parts
     shape |= {k: v for k, v in flags.items() if v is not None}
     if shape["size"] is None:
@@ -219,11 +273,9 @@ def encoder_shape(init: str | None, **flags) -> dict:
 
 
 def image_parts(init: str | None, **flags) -> dict:
-    """Those of encoder_shape's arguments that a model needs to take weights of images.
-
-    A subset of IMAGE_PARTS.
-    """
-    return {k: v for k, v in encoder_shape(init, **flags).items() if k in IMAGE_PARTS}
+    """Those of encoder_shape's arguments that no flag has: of IMAGE_PARTS, mean and std."""
+    no_flags = (*IMAGE_PARTS, "mean", "std")
+    return {k: v for k, v in encoder_shape(init, **flags).items() if k in no_flags}
 
 
 def build_model(path: str, num_frames: int | None = None, img_size=None, verbose: bool = True,
@@ -236,7 +288,6 @@ def build_model(path: str, num_frames: int | None = None, img_size=None, verbose
     """
     state, grid, about = read_weights(path)
     kwargs = encoder_shape(path, num_frames=num_frames, img_size=img_size)
-    kwargs |= {k: about[k] for k in ("mean", "std") if k in about}
     if about["pretrained"]:
         own = ("norm_pix_loss", "target", "dec_width", "dec_heads", "joint_norm")
         kwargs |= {k: about[k] for k in own if k in about}
@@ -254,8 +305,8 @@ def build_model(path: str, num_frames: int | None = None, img_size=None, verbose
     else:
         raise ValueError(f"{path}: holds no final norm, no decoder and no classification head; "
                          "finetune.py --init takes it, detect_ava.py --ckpt a detection checkpoint")
-    load_pretrained(model, path, verbose, positions)
-    return model.eval(), about
+    load_pretrained(model.eval(), path, verbose, positions)
+    return model, about
 
 
 def fit(name: str, x: torch.Tensor, y: torch.Tensor, model: nn.Module, about: dict):
@@ -326,6 +377,9 @@ def load_pretrained(model: nn.Module, path: str, verbose: bool = True,
     if verbose:
         print_report(report, path, f"positions made for token grid {tuple(grid)}, model has "
                                    f"{model.grid}" + ", made anew" * (positions == "new"))
+        lacks = beyond_hf(model) if isinstance(model, (VideoMAE, VideoClassifier)) else []
+        if lacks and model.training:  # not where a file is only looked at
+            print(f"  eval.py --export_hf will not take the result: {', '.join(lacks)}")
     return report
 
 
@@ -343,13 +397,9 @@ def print_report(report: dict, path: str, positions: str):
 
 # ---- writing ----
 
-def to_hf(model: nn.Module) -> tuple[dict, dict]:
-    """-> (state dict, config.json as a dict) of transformers' VideoMAE for the same task.
-
-    That is VideoMAEForPreTraining or VideoMAEForVideoClassification. transformers fixes eps 1e-5 in
-    decoder.norm and fc_norm where this model has 1e-6: outputs agree to about 1e-4.
-    """
-    c, pretrain = model.config, isinstance(model, VideoMAE)
+def beyond_hf(model: nn.Module) -> list[str]:
+    """What a model has that transformers' VideoMAE does not know."""
+    c = model.config
     lacks = [f"a {part.replace('_', ' ')}" for part in IMAGE_PARTS if c.get(part)]
     if c.get("joint_norm"):
         lacks.append("jointly normalised targets (ViC-MAE)")
@@ -357,6 +407,16 @@ def to_hf(model: nn.Module) -> tuple[dict, dict]:
         lacks.append(f"target={c['target']}")
     if c["pos_grid"] != list(model.grid):
         lacks.append(f"positions of {c['pos_grid']} resized to {model.grid}")
+    return lacks
+
+
+def to_hf(model: nn.Module) -> tuple[dict, dict]:
+    """-> (state dict, config.json as a dict) of transformers' VideoMAE for the same task.
+
+    That is VideoMAEForPreTraining or VideoMAEForVideoClassification. transformers fixes eps 1e-5 in
+    decoder.norm and fc_norm where this model has 1e-6: outputs agree to about 1e-4.
+    """
+    c, lacks = model.config, beyond_hf(model)
     if lacks:
         raise ValueError("transformers' VideoMAE does not know what this model has: "
                          + ", ".join(lacks))
@@ -373,7 +433,7 @@ def to_hf(model: nn.Module) -> tuple[dict, dict]:
                 state[name.replace("qkv", part)] = w.clone()
         else:
             state[name] = x.clone()
-    return state, hf_config(c, pretrain)
+    return state, hf_config(c, isinstance(model, VideoMAE))
 
 
 def write_hf(folder: str, model: nn.Module, classes: list[str] | None) -> str:

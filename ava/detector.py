@@ -116,9 +116,8 @@ def load_detector(path: str, names: dict | None, norm: str | None = None):
     if not names or len(names) != outputs:
         raise ValueError(f"{path}: has {outputs} outputs; expected --label_map with as many "
                          "classes" + (f", not {len(names)}" if names else ""))
-    options = {k: about[k] for k in ("mean", "std", "aligned") if k in about}
-    options |= NORMS[norm] if norm else {}
-    model = Detector(outputs, **encoder_shape(path), **options)
+    shape = encoder_shape(path) | NORMS.get(norm, {})
+    model = Detector(outputs, about.get("aligned", False), **shape)
     load_pretrained(model, path, verbose=False)
     return model.eval(), names, about["args"]
 
