@@ -1,19 +1,26 @@
 """weights.py: weights of others in, ours out."""
 
 import argparse
+import contextlib
+import importlib.util
+import io
 import json
 import math
 import os
+import sys
 import tempfile
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
+import eval as evaluate
 import weights
 from lib.cubes import position_table
 from lib.features import features
 from model import IMAGENET_MEAN, IMAGENET_STD, Encoder, VideoClassifier, VideoMAE
-from tests.common import Skip, clips, mask_for, raises, released_vit, saved, small, test, tmp
+from tests.common import (Skip, call, checkpoint, clips, mask_for, raises, released_vit, run, saved,
+                          small, test, tmp, toy_videos)
 
 
 @test
@@ -223,6 +230,105 @@ def test_hf_layout_round_trip():
         report = weights.load_pretrained(model, os.path.dirname(path), verbose=False)
         assert not report["new"] and not report["skipped"] and model.config == source.config
         assert all(torch.equal(v, model.state_dict()[k]) for k, v in source.state_dict().items())
+
+
+@test
+def test_hf_folders_tell_more():
+    """A Hugging Face folder's mean and std, decoder and targets become the model's; heads fit."""
+    mean, std = [0.5, 0.4, 0.3], [0.25, 0.5, 0.5]
+    source = small(mean=mean, std=std, dec_width=64, dec_heads=2, norm_pix_loss=False).eval()
+    folder = tmp("told")
+    weights.write_hf(folder, source, None)
+    model, _ = weights.build_model(folder, verbose=False)
+    assert model.config == source.config
+    with torch.no_grad():
+        for mine, theirs in zip(model(clips(model), mask_for(model)),
+                                source(clips(source), mask_for(source))):
+            assert torch.equal(mine, theirs)
+    tuned = VideoClassifier(3, **weights.encoder_shape(folder))  # as finetune.py --init makes it
+    assert tuned.config["mean"] == mean and tuned.config["std"] == std
+    assert weights.image_parts(folder) == dict(mean=mean, std=std)  # pretrain.py --init
+    path = os.path.join(folder, "config.json")
+    config = json.load(open(path))
+    json.dump(config | dict(num_attention_heads=8), open(path, "w"))
+    with raises("told", "8 heads", "expected 4"):
+        weights.read_weights(folder)
+
+
+def cached(root: str, name: str, model, classes=None) -> str:
+    """Puts a model into a cache as huggingface_hub lays it out -> the folder of its files."""
+    sha, base = "0123456789" * 4, os.path.join(root, f"models--{name.replace('/', '--')}")
+    os.makedirs(os.path.join(base, "refs"))
+    open(os.path.join(base, "refs", "main"), "w").write(sha)
+    weights.write_hf(os.path.join(base, "snapshots", sha), model, classes)
+    return os.path.join(base, "snapshots", sha)
+
+
+@test
+def test_models_by_name():
+    """hf:owner/model, from the cache alone: predicts with its classes, goes on, else a sentence."""
+    if not importlib.util.find_spec("huggingface_hub"):
+        raise Skip("pip install huggingface_hub to load models by name")
+    shape, cache = dict(num_frames=4, img_size=32, patch_size=8), tmp("hub")
+    mae, classifier = small(**shape), VideoClassifier(3, size="tiny", **shape)
+    torch.nn.init.normal_(classifier.head.weight)
+    cached(cache, "me/mae", mae)
+    folder = cached(cache, "me/tuned", classifier, ["run", "jump", "wave"])
+    state = weights.to_hf(classifier)[0]  # as older repositories have it
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(folder, "model.safetensors"))
+    torch.save(state, os.path.join(folder, "pytorch_model.bin"))
+    video = os.path.join(toy_videos(), "0.mp4")
+    predict = ["--predict", video, "--json", "--device", "cpu", "--dtype", "fp32", "--out_dir",
+               tmp("by_name_eval"), "--ckpt"]
+    flags = """--size tiny --num_frames 4 --img_size 32 --patch_size 8 --sampling_rate 1 --lr 0
+        --weight_decay 0 --batch_size 4 --max_steps 1 --warmup_epochs 0 --num_workers 0
+        --device cpu""".split()
+    with mock.patch.dict(os.environ, HF_HUB_CACHE=cache, HF_HUB_OFFLINE="1"):
+        text = run("eval.py", *predict, "hf:me/tuned@main")
+        run("pretrain.py", *flags, "--data", toy_videos(), "--init", "hf:me/mae", "--out_dir",
+            tmp("by_name"))
+        wrong = run("eval.py", *predict, "hf:me/mae@v2", ok=False)
+    assert "eval.py: hf:me/mae@v2: it is not in the cache" in wrong and cache in wrong, wrong
+    assert "HF_HUB_OFFLINE is set" in wrong and "Traceback" not in wrong
+    with raises("hf:no name: expected hf:owner/model"):
+        weights.read_weights("hf:no name")
+    assert text.endswith(call(evaluate, *predict, folder)) and "jump" in text
+    went_on = checkpoint(tmp("by_name"))
+    assert went_on["args"]["init"] == "hf:me/mae"
+    assert all(torch.equal(went_on["model"][k], v) for k, v in mae.state_dict().items())
+
+
+@test
+def test_models_by_name_need_a_package():
+    """Without huggingface_hub, hf:owner/model says what to install."""
+    with mock.patch.dict(sys.modules, huggingface_hub=None), \
+            raises("hf:me/some", "pip install huggingface_hub"):
+        weights.read_weights("hf:me/some")
+
+
+@test
+def test_what_cannot_be_exported_is_said_first():
+    """Loading into a model to be trained says what --export_hf will refuse, looking at one not."""
+    source = small()
+    path = saved("x.pt", dict(model=source.state_dict(), config=source.config))
+    vit = saved("vit.pth", dict(model=released_vit(0)))
+    same = dict(size="tiny", num_frames=4, img_size=(16, 24), patch_size=8)
+    for shape, file, positions, lacks in (
+            (same, path, "resize", None), (same | dict(num_frames=8), path, "new", None),
+            (same | dict(num_frames=8), path, "resize", "positions of [2, 2, 3] resized"),
+            (weights.encoder_shape(vit), vit, "resize", "a spatial pos, a class token")):
+        for train in (True, False):
+            model, out = VideoClassifier(3, **shape).train(train), io.StringIO()
+            with contextlib.redirect_stdout(out):
+                weights.load_pretrained(model, file, positions=positions)
+            assert ("--export_hf will not" in out.getvalue()) == bool(lacks and train)
+            if lacks:
+                assert not train or lacks in out.getvalue()
+                with raises(lacks):
+                    weights.to_hf(model)
+            else:
+                weights.to_hf(model)
 
 
 @test
