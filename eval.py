@@ -63,7 +63,8 @@ def get_args(argv=None) -> argparse.Namespace:
     g.add_argument("--plot", nargs="+", metavar="DIR",
                    help="draw the curves of runs, each given by its out_dir")
     g = p.add_argument_group("model")
-    g.add_argument("--ckpt", help="ours, a .pth or a Hugging Face folder (--toy: finetune.py's)")
+    g.add_argument("--ckpt", help="ours, a .pth, a Hugging Face folder or hf:owner/model (--toy: "
+                                  "finetune.py's)")
     g.add_argument("--classes",
                    help="text file with a class name per line, for checkpoints that have none")
     g = p.add_argument_group("data and views; what is not given is as the model was trained")

@@ -80,8 +80,8 @@ def get_args(argv=None):
                    help="share of cutmix where both are on")
     g.add_argument("--smoothing", default=0.1, type=fraction, help="of the labels")
     g = p.add_argument_group("model")
-    g.add_argument("--init", help="start from these weights (any layout that weights.py reads); "
-                                  "without: from scratch")
+    g.add_argument("--init", help="start from these weights (any layout that weights.py reads, or "
+                                  "hf:owner/model); without: from scratch")
     g.add_argument("--positions", default="resize", choices=["resize", "new"],
                    help="with other frames or sides than --init's: resize its position table, or "
                         "make a new one, as the paper's code does")
@@ -117,11 +117,11 @@ def get_args(argv=None):
                  warmup_epochs=10)
     length = None if early.epochs != p.get_default("epochs") else 1
     if early.hour == "cpu":  # the clips of pretrain.py --hour
-        p.preset(sampling_rate=2, lr=8e-3, warmup_epochs=10, max_steps=length and 400,
-                 save_every=50, **{} if early.init else dict(size="small", img_size=112))
+        p.preset(img_size=112, sampling_rate=2, lr=8e-3, warmup_epochs=10, save_every=50,
+                 max_steps=length and 400, size=None if early.init else "small")
     if early.hour == "gpu":
         p.preset(batch_size=32, lr=4e-3, warmup_epochs=10, max_steps=length and 5000,
-                 **{} if early.init else dict(size="small"))
+                 size=None if early.init else "small")
     if early.toy:  # lr chosen on toy/dev
         p.preset(size="tiny", img_size=32, patch_size=8, num_frames=8, sampling_rate=1,
                  per_class=32, rand_aug=[0, 0, 0], crop_area=[1, 1], crop_aspect=[1, 1],

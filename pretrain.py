@@ -64,7 +64,8 @@ def get_args(argv=None):
                    help="what is reconstructed: the clip, its centre frame, twice its frames")
     g.add_argument("--checkpointing", action=flag, default=False,
                    help="recompute activations: less memory, slower")
-    g.add_argument("--init", help="start from these weights (any layout that weights.py reads)")
+    g.add_argument("--init", help="start from these weights (any layout that weights.py reads, or "
+                                  "hf:owner/model)")
     optim_flags(p, "videos", batch_size=32, epochs=800, warmup_epochs=40, lr=1.5e-4, min_lr=1e-5,
                 weight_decay=0.05, beta2=0.95)
     g = run_flags(p, out_dir="out/pretrain")

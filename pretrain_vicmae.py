@@ -72,7 +72,8 @@ def get_args(argv=None):
                    help="epochs over which lambda grows from 0 (the public code: 0)")
     g.add_argument("--checkpointing", action=flag, default=False,
                    help="recompute activations: less memory, slower")
-    g.add_argument("--init", help="start from these weights (any layout that weights.py reads)")
+    g.add_argument("--init", help="start from these weights (any layout that weights.py reads, or "
+                                  "hf:owner/model)")
     optim_flags(p, "samples", batch_size=32, epochs=800, warmup_epochs=40, lr=1.5e-4, min_lr=0.0,
                 weight_decay=0.05, beta2=0.95)
     g = run_flags(p, out_dir="out/vicmae")

@@ -1,6 +1,7 @@
 """Weights of others: our checkpoints, the reference layout, Hugging Face's and timm's are read.
 
-Hugging Face's is written too. Inside this project everything has the reference's names.
+Hugging Face's is written too, and read by name (hf:owner/model) from its hub or cache. Inside this
+project everything has the reference's names.
 """
 
 import functools
