@@ -30,11 +30,12 @@ import masking
 from lib import plot
 from lib.features import (attention_rollout, features, heat, neighbours, ridge,
                           window_features)
+from lib.probe import joint
 from lib.process import (Parser, Process, count, device_flags, folder, inner, positive,
                          random_seed, script_main, whole)
 from lib.reconstruct import panels
 from lib.views import TestVideos, clip_settings, cut, run_views, say_scores, scores
-from model import VideoClassifier
+from model import AttentiveClassifier, VideoClassifier
 from video import lists, toy
 from video.decode import VideoError
 from video.pictures import strip, write_png, write_video
@@ -149,7 +150,17 @@ def mode_of(args) -> str:
 
 # ---- labelled videos, on any number of ranks ----
 
-def average_views(args, run, function, videos: TestVideos, num_crops: int):
+def judge(model) -> tuple:
+    """-> function and join for run_views, which then gives the probabilities (K,) of a video.
+
+    Softmax is averaged over views; an attentive probe sees all clips of a crop at once.
+    """
+    if isinstance(model, AttentiveClassifier):
+        return model.tokens, lambda i, tokens: joint(model, tokens)[0]
+    return lambda views: model(views).float().softmax(-1), None
+
+
+def average_views(args, run, function, videos: TestVideos, num_crops: int, join=None):
     """run_views on all ranks; tells now and then how far it is."""
     start, shown = time.time(), 0.0
 
@@ -162,17 +173,16 @@ def average_views(args, run, function, videos: TestVideos, num_crops: int):
             run.say(f"{min(done * run.world, len(videos))}/{len(videos)} videos, "
                     f"{done * run.world / (now - start):.1f}/s, {left} left", flush=True)
     return run_views(function, videos, num_crops, run.device, args.batch_size, run.num_workers,
-                     run.host_group, tell)
+                     run.host_group, tell, join)
 
 
 def test(args, run, model, classes, clip_args, files):
     """Multi-view accuracy; predictions.csv, result.json and confusions.png in out_dir."""
     paths, names = files["data"]
     labels = np.array(lists.class_ids(names, classes, paths, args.ckpt))
-    videos = TestVideos(paths, num_segments=args.num_segments or 5, **clip_args)
-    num_crops = args.num_crops or 3
-    probs, failed = average_views(args, run, lambda x: model(x).float().softmax(-1), videos,
-                                  num_crops)
+    videos = TestVideos(paths, **clip_args)
+    num_crops, (function, join) = args.num_crops or 3, judge(model)
+    probs, failed = average_views(args, run, function, videos, num_crops, join)
     if not probs:
         raise ValueError(f"none of the {len(paths)} videos can be read; the first: {failed[0]}")
     p, true = np.stack(list(probs.values())), labels[list(probs)]  # (V, K), (V,)
@@ -240,7 +250,7 @@ def knn(args, run, model, classes, clip_args, files):
              (val, lists.class_ids(val_names, classes, val, known))]
     sets = []
     for paths, labels in parts:
-        videos = TestVideos(paths, num_segments=args.num_segments or 1, **clip_args)
+        videos = TestVideos(paths, **clip_args)
         found, failed = average_views(args, run, lambda x: features(model, x, args.layer), videos,
                                       args.num_crops or 1)
         if failed:
@@ -269,7 +279,7 @@ def knn(args, run, model, classes, clip_args, files):
 def predict(args, run, model, classes, clip_args, files):
     """Prints and writes names and probabilities of each file, or of each window of it."""
     paths, _ = files["predict"]
-    videos = TestVideos(paths, num_segments=args.num_segments or 1, **clip_args)
+    videos, (function, join) = TestVideos(paths, **clip_args), judge(model)
     results = []
     for path in paths:
         run.say(path)
@@ -282,8 +292,10 @@ def predict(args, run, model, classes, clip_args, files):
                     frames, index = videos.clips(video, start, end)
                     views = cut(frames.to(run.device), index.to(run.device), videos.img_size,
                                 args.num_crops or 1)
-                    parts = [model(v).float().softmax(-1) for v in views.split(args.batch_size)]
-                    best = torch.cat(parts).mean(0).topk(min(args.top or 5, len(classes)))
+                    out = torch.cat([function(v) for v in views.split(args.batch_size)])
+                    p = out.mean(0) if join is None else (
+                        torch.from_numpy(join(0, out.unflatten(0, (len(index), -1)))))
+                    best = p.topk(min(args.top or 5, len(classes)))
                     names = [dict(name=classes[i], probability=round(p, 6))
                              for i, p in zip(best.indices.tolist(), best.values.tolist())]
                     when, line = {}, "  "
@@ -402,7 +414,8 @@ def reconstruction_rows(args, run, model, classes, path, clip) -> list:
 
 def check_model(args, model, about) -> list[str] | None:
     """The class names; ValueError where this model cannot do what the flags ask for."""
-    mode, classifier, classes = mode_of(args), isinstance(model, VideoClassifier), about["classes"]
+    mode, classes, probed = mode_of(args), about["classes"], isinstance(model, AttentiveClassifier)
+    classifier = probed or isinstance(model, VideoClassifier)
     if args.classes:
         with open(args.classes, encoding="utf-8") as f:
             classes = [line.strip() for line in f if line.strip()]
@@ -410,7 +423,7 @@ def check_model(args, model, about) -> list[str] | None:
         raise ValueError(f"{args.ckpt}: a detection checkpoint, which detect_ava.py --ckpt takes; "
                          "here expected --features or --knn, of its encoder")
     if classifier:
-        outputs = model.head.out_features
+        outputs = model.config["num_classes"]
         classes = classes or [str(i) for i in range(outputs)]
         if len(classes) != outputs:
             raise ValueError(f"{args.classes or args.ckpt}: {len(classes)} class names, the model "
@@ -418,6 +431,9 @@ def check_model(args, model, about) -> list[str] | None:
     elif mode in ("test", "predict", "attention"):
         raise ValueError(f"{args.ckpt}: it has no fc_norm and head, which classify; expected a "
                          "fine-tuned one, or --knn, --features, --reconstruct or --export_hf")
+    if probed and mode in ("attention", "export_hf"):
+        raise ValueError(f"{args.ckpt}: an attentive probe; expected a classifier that averages "
+                         f"its tokens for --{mode}")
     alone = not classifier and model.decoder is None
     if mode == "reconstruct" and (classifier or alone):
         raise ValueError(f"{args.ckpt}: it has no decoder; expected a checkpoint of masked "
@@ -425,7 +441,7 @@ def check_model(args, model, about) -> list[str] | None:
     if mode == "export_hf" and alone:
         raise ValueError(f"{args.ckpt}: it has no decoder; expected a checkpoint of masked "
                          "pre-training, or a classifier")
-    blocks = len((model if classifier else model.encoder).blocks)
+    blocks = len(getattr(model, "encoder", model).blocks)
     if args.layer is not None and args.layer > blocks:
         raise ValueError(f"--layer {args.layer}: expected 0 to {blocks}, the blocks of this model")
     return classes
@@ -460,8 +476,11 @@ def main():
     classes = check_model(args, model, about)
     clip_args = clip_settings(model, about, sampling_rate=args.sampling_rate, fps=args.fps,
                               sampling=args.sampling, antialias=args.antialias)
+    clip_args["num_segments"] = args.num_segments or 1
+    if mode == "test" and not args.num_segments:
+        clip_args["num_segments"] = about["args"].get("num_segments", 5)  # an attentive probe's own
     kind = "without classes"
-    if isinstance(model, VideoClassifier):
+    if "num_classes" in model.config:
         kind = f"classifier of {len(classes)} classes"
     shape = "x".join(map(str, (clip_args["num_frames"], *clip_args["img_size"])))
     rate = f" every {clip_args['stride']} frames" if clip_args["sampling"] == "dense" else ""

@@ -15,6 +15,9 @@ has the weights of the best epoch, log.jsonl the curves.
 
 import argparse
 import math
+import os
+import runpy
+import sys
 import zlib
 
 import numpy as np
@@ -97,6 +100,8 @@ def get_args(argv=None):
     g.add_argument("--linear_probe", action="store_true",
                    help="train a linear head on the frozen encoder; presets: SGD as in the paper, "
                         "crops and flips only")
+    g.add_argument("--probe", choices=["linear", "attentive"],
+                   help="linear: --linear_probe; attentive: probe.py, which has its own flags")
     g.add_argument("--freeze", default=0, type=whole,
                    help="keep the patch embedding and the first N blocks as they are")
     g.add_argument("--ema", default=0.0, type=fraction,
@@ -111,10 +116,6 @@ def get_args(argv=None):
                         "GPU; other flags still win")
     g.add_argument("--eval_every", default=1.0, type=positive, help="epochs between validations")
     early = p.peek(argv)
-    if early.linear_probe:
-        p.preset(rand_aug=[0, 0, 0], reprob=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0,
-                 drop_path=0.0, lr=0.1, min_lr=0.0, weight_decay=0.0, layer_decay=1.0, epochs=100,
-                 warmup_epochs=10)
     length = None if early.epochs != p.get_default("epochs") else 1
     if early.hour == "cpu":  # the clips of pretrain.py --hour
         p.preset(img_size=112, sampling_rate=2, lr=8e-3, warmup_epochs=10, save_every=50,
@@ -122,6 +123,10 @@ def get_args(argv=None):
     if early.hour == "gpu":
         p.preset(batch_size=32, lr=4e-3, warmup_epochs=10, max_steps=length and 5000,
                  size=None if early.init else "small")
+    if early.linear_probe or early.probe == "linear":
+        p.preset(linear_probe=True, rand_aug=[0, 0, 0], reprob=0.0, mixup=0.0, cutmix=0.0,
+                 smoothing=0.0, drop_path=0.0, lr=0.1, min_lr=0.0, weight_decay=0.0,
+                 layer_decay=1.0, epochs=100, warmup_epochs=10)
     if early.toy:  # lr chosen on toy/dev
         p.preset(size="tiny", img_size=32, patch_size=8, num_frames=8, sampling_rate=1,
                  per_class=32, rand_aug=[0, 0, 0], crop_area=[1, 1], crop_aspect=[1, 1],
@@ -149,6 +154,12 @@ def get_args(argv=None):
 
 
 def main():
+    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    p.add_argument("--probe")
+    args, others = p.parse_known_args()
+    if args.probe == "attentive":  # other data, heads and loop: a stage that is read by itself
+        sys.argv = [os.path.join(os.path.dirname(os.path.abspath(__file__)), "probe.py"), *others]
+        return runpy.run_path(sys.argv[0])["main"]()
     args = get_args()
     run = Run(args)
 
@@ -199,7 +210,7 @@ def main():
         seed=args.seed, **clip_args)
     val_set = TestVideos(val_paths, **clip_args)
     parts = dict(ema=dict | None, best=float, validated=int, val_run=str)
-    saved = run.resume(model.config, classes, parts=parts,
+    saved = run.resume(model.config, classes, ("probe",), parts,
                        videos=lists.fingerprint(paths, labels))
     best, validated = -1.0, 0  # top-1 of best.pt, step of the last validation
     val_run = f"{len(val_paths)} ({zlib.crc32(chr(10).join(val_paths).encode()):08x})"

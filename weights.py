@@ -17,7 +17,7 @@ from einops import repeat
 
 from lib.checkpoint import load_torch
 from lib.cubes import resize_table
-from model import IMAGE_PARTS, SIZES, VideoClassifier, VideoMAE
+from model import IMAGE_PARTS, SIZES, AttentiveClassifier, VideoClassifier, VideoMAE
 
 FROM_HF = [(r"^videomae\.embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
            (r"^videomae\.encoder\.layer\.", "blocks."),
@@ -207,10 +207,11 @@ def read_weights(path: str) -> tuple[dict, list, dict]:
             raise ValueError(f"{path}: holds neither {' nor '.join(HF_WEIGHTS)}")
         file = os.path.join(folder, found[0])
     state = load_file(file)
-    config, about = {}, dict(classes=None, args={})
+    config, about, probe = {}, dict(classes=None, args={}), "probes.0."
     if isinstance(state.get("config"), dict):  # ours
         config, about["classes"] = state["config"], state.get("classes")
         about["args"] = state.get("args") or {}
+        probe = f"probes.{state.get('chosen', 0)}."  # of several that were trained together
     for key in ("ema", "model", "module", "state_dict"):
         state = state[key] if isinstance(state.get(key), dict) else state
     grid = config.get("pos_grid", (8, 14, 14))  # released files: 16 x 224 x 224
@@ -218,7 +219,9 @@ def read_weights(path: str) -> tuple[dict, list, dict]:
     if any(k.startswith("videomae.") for k in state) and described:
         config, grid, classes = read_hf_config(folder)
         about["classes"] = classes or about["classes"]
-    state = to_reference({k: v for k, v in state.items() if isinstance(v, torch.Tensor)})
+    state = to_reference({k.replace(probe, "probes.0."): v for k, v in state.items()
+                          if isinstance(v, torch.Tensor)
+                          and (k.startswith(probe) or not k.startswith("probes."))})
 
     # ---- what the tensors tell
     blocks = [int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in state) if m]
@@ -283,9 +286,9 @@ def build_model(path: str, num_frames: int | None = None, img_size=None, verbose
                 positions: str = "resize"):
     """A weights file of any layout -> (the model it is for, in eval mode, what read_weights tells).
 
-    VideoMAE where the file has a decoder or only an encoder (its decoder is None then), else
-    VideoClassifier. num_frames and img_size default to those of the file; positions: see
-    load_pretrained.
+    VideoMAE where the file has a decoder or only an encoder (its decoder is None then); else
+    VideoClassifier, or AttentiveClassifier with the probe that was chosen. num_frames and img_size
+    default to those of the file; positions: see load_pretrained.
     """
     state, grid, about = read_weights(path)
     kwargs = encoder_shape(path, num_frames=num_frames, img_size=img_size)
@@ -297,6 +300,8 @@ def build_model(path: str, num_frames: int | None = None, img_size=None, verbose
     elif "head.weight" in state and "fc_norm.weight" in state:
         model = VideoClassifier(len(state["head.weight"]),
                                 head_norm="head_norm.running_mean" in state, **kwargs)
+    elif "probes.0.query" in state:
+        model = AttentiveClassifier(len(state["probes.0.head.weight"]), **kwargs)
     elif "norm.weight" in state:  # an encoder alone, or with another's decoder or head
         if about["detector"] and verbose:
             print(f"{path}: a detection checkpoint, of which this is the encoder alone; "
@@ -340,11 +345,12 @@ def load_pretrained(model: nn.Module, path: str, verbose: bool = True,
         raise ValueError(f"{path}: its positions were learned, a table of sines cannot take their "
                          "place: leave out --positions new")
     want = model.state_dict()
-    if isinstance(model, VideoMAE):
+    if hasattr(model, "encoder"):
         inside = ("patch_embed.", "blocks.", "norm.", *IMAGE_PARTS)
         source = {f"encoder.{k}" if k.startswith(inside) else k: v for k, v in source.items()}
         norm = "encoder.norm.weight"
-        if norm in want and norm not in source and "mask_token" in source:
+        pretraining = isinstance(model, VideoMAE) and "mask_token" in source
+        if pretraining and norm in want and norm not in source:
             model.encoder.norm = nn.Identity()  # HF files made with use_mean_pooling
             model.config["encoder_norm"] = False
             want = model.state_dict()

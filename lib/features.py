@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import data
 from lib.views import TestVideos, cut, view_indices
-from model import Encoder, VideoClassifier, VideoMAE
+from model import Encoder, VideoClassifier
 
 
 @torch.no_grad()
@@ -16,12 +16,12 @@ def features(model, video: torch.Tensor, layer: int | None = None, pool: bool = 
     """(B, T, H, W, C) -> (B, D), the mean over tokens, or all tokens (B, N, D), of `layer` blocks.
 
     layer 0 is the embedding; None: after the last block and the final norm that the model has,
-    which is on tokens in a pre-trained encoder (encoder.norm, before the mean), on their mean in a
-    classifier (fc_norm; its unpooled tokens have none).
+    which is on tokens in a pre-trained or probed encoder (encoder.norm, before the mean), on their
+    mean in a fine-tuned classifier (fc_norm; its unpooled tokens have none).
     """
-    pretrained = isinstance(model, VideoMAE)
-    x = Encoder.forward(model.encoder if pretrained else model, video, depth=layer)  # (B, N, D)
-    if layer is None and pretrained:
+    inside = hasattr(model, "encoder")
+    x = Encoder.forward(model.encoder if inside else model, video, depth=layer)  # (B, N, D)
+    if layer is None and inside:
         x = model.encoder.norm(x)
     if pool:
         x = x.mean(1)

@@ -147,7 +147,8 @@ def run_flags(p: Parser, out_dir: str):
 
 
 def optim_flags(p: Parser, unit: str, *, batch_size: int, epochs: float, warmup_epochs: float,
-                lr: float, min_lr: float, weight_decay: float, beta2: float | None = None):
+                lr: float, min_lr: float, weight_decay: float, beta2: float | None = None,
+                clip_grad: float = 0.0):
     """The flags of every optimiser with a stage's own defaults; -> their group, to add to.
 
     unit: what a batch counts. Without a default for beta2 there is no such flag.
@@ -165,7 +166,8 @@ def optim_flags(p: Parser, unit: str, *, batch_size: int, epochs: float, warmup_
     g.add_argument("--weight_decay", default=weight_decay, type=amount)
     if beta2 is not None:
         g.add_argument("--beta2", default=beta2, type=fraction, help="AdamW's second")
-    g.add_argument("--clip_grad", default=0.0, type=amount, help="largest gradient norm, 0 = off")
+    g.add_argument("--clip_grad", default=clip_grad, type=amount,
+                   help="largest gradient norm, 0 = off")
     return g
 
 

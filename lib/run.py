@@ -339,23 +339,28 @@ class Run(Process):
         self.sums = values if self.sums is None else self.sums + values  # on the device
         self.names = list(losses)
 
-    def update(self, clip_grad: float = 0.0):
+    def update(self, clip_grad: float = 0.0, apart: bool = False):
         """The optimisers' step; left out, and counted, where a gradient is not finite.
 
-        clip_grad: the largest gradient norm, 0 for any. All ranks agree here whether to stop.
+        clip_grad: the largest gradient norm, 0 for any. apart: each optimiser's gradient is clipped
+        and looked at by itself, as if it trained alone. All ranks agree here whether to stop.
         """
-        groups = [group for o in self.optimizers for group in o.param_groups]
-        params = [p for group in groups for p in group["params"] if p.grad is not None]
+        parts = [[p for group in o.param_groups for p in group["params"] if p.grad is not None]
+                 for o in self.optimizers]
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         # of the average that DDP made: the same on all ranks
-        self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-        if clip_grad:
-            torch.nn.utils.clip_grads_with_norm_(params, clip_grad, self.grad_norm)
-        bad_step = ~torch.isfinite(self.grad_norm)
-        self.skipped = self.skipped + bad_step
-        self.in_row = (self.in_row + 1) * bad_step
-        for optimizer in self.optimizers:
+        norm_of = lambda params: torch.nn.utils.get_total_norm([p.grad for p in params])
+        norms = [norm_of(params) for params in parts] if apart else (
+            [norm_of(sum(parts, []))] * len(parts))
+        self.grad_norm = torch.stack(norms).max()
+        for params, norm in zip(parts, norms):
+            if clip_grad:
+                torch.nn.utils.clip_grads_with_norm_(params, clip_grad, norm)
+        bad = ~torch.isfinite(torch.stack(norms))
+        self.skipped = self.skipped + bad.any()
+        self.in_row = (self.in_row + 1) * bad.all()
+        for optimizer, bad_step in zip(self.optimizers, bad):
             guarded_step(optimizer, self.scaler, bad_step)
             optimizer.zero_grad(set_to_none=True)
         if self.scaler.is_enabled():

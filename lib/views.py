@@ -135,12 +135,13 @@ def read_clip(path: str, model, about: dict) -> torch.Tensor:
 
 @torch.no_grad()
 def run_views(function, videos: TestVideos, num_crops: int, device, batch_size: int,
-              num_workers: int, host_group=None, progress=None) -> tuple[dict, dict]:
+              num_workers: int, host_group=None, progress=None, join=None) -> tuple[dict, dict]:
     """function(views (B, T, H, W, C)) -> (B, K), averaged over each video's views.
 
     -> ({index: (K,) float32 numpy}, {index: why it failed}), the same on all ranks; every video is
     in one of them. Rank r takes videos r, r + world, ..., and host_group (gloo) gathers. batch_size
-    counts views. progress(done, all) is called per video of rank 0.
+    counts views. progress(done, all) is called per video of rank 0. join(index, what the function
+    gives for its views (clips, crops, ...)) -> a video's output, where that is not the mean.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if host_group else (0, 1)
     mine = range(rank, len(videos), world)
@@ -154,8 +155,13 @@ def run_views(function, videos: TestVideos, num_crops: int, device, batch_size: 
     def flush():
         views = torch.cat([views for _, views in waiting])
         out = torch.cat([function(part) for part in views.split(batch_size)])
-        means = out.float().view(len(waiting), num_views, -1).mean(1).cpu().numpy()
-        outputs.update(zip([i for i, _ in waiting], means))
+        ids = [i for i, _ in waiting]
+        if join:
+            parts = out.unflatten(0, (len(waiting), videos.num_segments, num_crops))
+            outputs.update((i, join(i, part)) for i, part in zip(ids, parts))
+        else:
+            means = out.float().view(len(waiting), num_views, -1).mean(1).cpu().numpy()
+            outputs.update(zip(ids, means))
         waiting.clear()
 
     for done, (i, frames, index, why) in enumerate(loader, 1):
@@ -189,6 +195,7 @@ def scores(probs: np.ndarray, labels: np.ndarray) -> dict:
     # how many classes come before the true one; among equals the first counts, as argmax has it
     tied = (probs == true[:, None]) & (np.arange(probs.shape[1]) < labels[:, None])
     place = (probs > true[:, None]).sum(1) + tied.sum(1)
+    place[np.isnan(true)] = probs.shape[1]  # of a model that has diverged nothing is right
     right = place == 0
     per_class = [right[labels == c].mean() for c in np.unique(labels)]
     return dict(top1=float(100 * right.mean()), top5=float(100 * (place < 5).mean()),

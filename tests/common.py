@@ -334,10 +334,13 @@ def mistake(module, *args):
 
 # ---------------------------------------------------------------- runs
 
-# six steps of fine-tuning, three an epoch, on tune_data(); six of detection, on ava_data()
+# six steps of fine-tuning on tune_data(), of probes on probe_data(), of detection on ava_data()
 TUNE = """--size tiny --num_frames 4 --img_size 16 --patch_size 8 --sampling_rate 1 --dtype fp32
     --max_steps 6 --epochs 2 --warmup_epochs 0.5 --lr 0.05 --log_every 1 --num_workers 0
     --device cpu --eval_every 1 --batch_size 4""".split()
+PROBE = """--num_frames 4 --img_size 16 --sampling_rate 1 --dtype fp32 --max_steps 6 --epochs 2
+    --lr 0.05 --log_every 1 --num_workers 0 --device cpu --eval_every 1 --batch_size 4
+    --num_segments 2 --probe_lr 0.005 0.02 --probe_wd 0.01 0.5""".split()
 DETECT = """--size tiny --num_frames 4 --img_size 24 --short_side 32 --patch_size 8 --dtype fp32
     --sampling_rate 3 --max_steps 6 --lr 0.05 --log_every 1 --num_workers 0 --device cpu
     --batch_size 4 --max_bad 1""".split()
@@ -347,6 +350,19 @@ def tune_data():
     """What TUNE goes with."""
     train, val = labelled()
     return ["--data", train, "--val_data", val]
+
+
+@functools.cache
+def pretrained():
+    """The path of a random tiny encoder, shaped as TUNE and PROBE want it."""
+    torch.manual_seed(1)
+    model = VideoMAE("tiny", num_frames=4, img_size=16, patch_size=8)
+    return saved("init.pt", dict(model=model.state_dict(), config=model.config))
+
+
+def probe_data():
+    """What PROBE goes with."""
+    return [*tune_data(), "--init", pretrained()]
 
 
 def ava_data():

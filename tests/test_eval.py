@@ -52,13 +52,14 @@ def test_views():
 
 @test
 def test_scores():
-    """Top-1, top-5, per-class accuracy, loss of a hand-made case; ties are ordered as argmax's."""
+    """Top-1, top-5, per-class accuracy, loss by hand; ties go as argmax's, NaN is never right."""
     p = np.array([[0.5, 0.3, 0.2, 0, 0, 0], [0.1, 0.1, 0.2, 0.2, 0.2, 0.2],
                   [0.4, 0.1, 0.1, 0.1, 0.1, 0.2], [0.2, 0.2, 0.2, 0.2, 0.1, 0.1]])
     result = scores(p, np.array([0, 2, 4, 1]))
     assert result["top1"] == 50 and result["top5"] == 75 and result["per_class"] == 50
     assert abs(result["loss"] + np.log([0.5, 0.2, 0.1, 0.2]).mean()) < 1e-12
     assert scores(p, np.array([0, 2, 0, 0]))["per_class"] == 100
+    assert scores(p * np.nan, np.array([0, 2, 0, 0]))["top5"] == 0
     assert abs(scores(p, np.array([0, 3, 0, 0]))["per_class"] - 50) < 1e-12
 
 

@@ -20,10 +20,10 @@ import weights
 from lib.optim import load_optimizer, lr_at
 from lib.process import best_dtype, script_main
 from lib.run import Run
-from tests.common import (DETECT, HERE, TUNE, as_script, ava_data, call, checkpoint, children,
-                          clips, difference, flags_of, kill_tree, labelled, log_rows, mask_for,
-                          mistake, module_of, raises, read, run, small, start, test, test_each, tmp,
-                          toy_videos, tune_data)
+from tests.common import (DETECT, HERE, PROBE, TUNE, as_script, ava_data, call, checkpoint,
+                          children, clips, difference, flags_of, kill_tree, labelled, log_rows,
+                          mask_for, mistake, module_of, probe_data, raises, read, run, small, start,
+                          test, test_each, tmp, toy_videos, tune_data)
 
 
 # ---------------------------------------------------------------- the table of stages
@@ -80,6 +80,16 @@ STAGES = {
         model=("--tubelet_size 1", "tubelet_size None -> 1"),
         writes={"best.pt"},
         wrong=[("--drop_path 1", "--drop_path 1"), ("--smoothing 1", "--smoothing 1")]),
+    "probe.py": dict(
+        flags=PROBE,
+        data=probe_data,
+        plain="",
+        close=(5e-5, dict(loss=1e-4, val_top1=1e-4, val_loss=1e-4, choose_loss=1e-4, chosen=0)),
+        accum=True,
+        model=("--img_size 24", "img_size 16 -> 24"),
+        writes={"best.pt"},
+        wrong=[("--choose_on 1", "--choose_on 1"), ("--probe_lr 0.1 nan", "--probe_lr nan"),
+               ("--init absent.pth", "absent.pth")]),
     "detect_ava.py": dict(
         flags=[*DETECT, "--drop_path", "0.3"],
         data=ava_data,
