@@ -15,6 +15,7 @@ eval.py tests either with many views.
 """
 
 import math
+import zlib
 
 import numpy as np
 import torch
@@ -124,9 +125,9 @@ def main():
     shape = encoder_shape(args.init, num_frames=args.num_frames, img_size=img_size,
                           tubelet_size=args.tubelet_size)
     model = AttentiveClassifier(len(classes), len(pairs), **shape)
-    saved = run.resume(model.config, classes, ("cache_gb",), dict(chosen=int, validated=int, kept=str),
+    saved = run.resume(model.config, classes, ("cache_gb",), dict(chosen=int, validated=int),
                        videos=lists.fingerprint(paths, labels))
-    chosen, validated, kept = 0, 0, lists.fingerprint(all_paths)
+    chosen, validated = 0, 0
     if saved:
         model.set_positions(saved["config"]["pos_grid"])
         chosen, validated = saved["chosen"], saved["validated"]
@@ -139,8 +140,9 @@ def main():
     rows = (len(all_paths), args.num_segments * math.prod(model.grid),
             model.encoder.norm.normalized_shape[0])
     fits = 2 * math.prod(rows) <= args.cache_gb * 1e9
-    train_set = FixedClips(videos, labels[:num_train], args.seed, run.path("features.f16"),
-                           rows if fits else None)
+    same = zlib.crc32(f"{sorted(run.facts.items(), key=str)} {all_paths}".encode())
+    train_set = FixedClips(videos, labels[:num_train], args.seed,
+                           run.path(f"features-{same:08x}.f16"), rows if fits else None)
 
     # ---- optimisers: one per probe
     optimizers = []
@@ -165,14 +167,13 @@ def main():
     if unfinished and not fits:
         run.say(f"the features of {len(all_paths)} videos would take {gigabytes:.1f} GB, more than "
                 f"--cache_gb {args.cache_gb:g}: they are computed anew in each step")
-    elif unfinished and not (saved and saved["kept"] == kept and not run.changed
-                             and train_set.exists(run)):
+    elif unfinished and not (run.first_step and train_set.exists(run)):
         seconds = train_set.keep(run, model, args.batch_size)
         run.say(f"the features of {len(all_paths)} videos, {gigabytes:.2g} GB, are computed and "
                 f"kept in {train_set.path} until the run ends ({seconds:.0f} s)")
 
     def about():
-        return dict(classes=classes, chosen=chosen, validated=validated, kept=kept)
+        return dict(classes=classes, chosen=chosen, validated=validated)
 
     def save():
         run.save(model=model.state_dict(), config=model.config, **about())
@@ -214,36 +215,35 @@ def main():
                   **about() | dict(chosen=0))
 
     # ---- loop
-    if missed:  # the run was stopped before this one
-        validate()
-        save()
-    for step in run.steps():
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = lr_at(step, group["peak"], run.min_lr, run.warmup_steps,
-                                run.total_steps)
-        for place, (x, label) in run.batches():  # (B, n, D) float16, (B); or clips
-            with run.autocast:
-                if not fits:  # (B, clips, T, H, W, C) uint8
-                    x = model.tokens(x.flatten(0, 1)).unflatten(0, x.shape[:2]).flatten(1, 2)
-                logits = net(x)  # (probes, B, K)
-            losses = torch.stack([F.cross_entropy(some.float(), label) for some in logits])
-            # the sum, so that each probe has the gradient that it would have alone
-            run.scaler.scale(losses.sum() / args.accum_steps).backward()
-            run.add(loss=losses.nanmean())  # one that has diverged hides no other
-        run.update(args.clip_grad, apart=True)
-
-        if run.due(args.log_every):
-            run.log(f"loss {{loss:.4f}} (uniform {math.log(len(classes)):.3f})")
-        due = run.step == run.total_steps or passed(run.step) > passed(step)
-        if known and due and not (run.stopping or run.failure):
-            with run.paused():
-                validate()
-        if run.due(args.save_every):
+    with train_set.kept(run):
+        if missed:  # the run was stopped before this one
+            validate()
             save()
-    if run.step == run.total_steps and not run.stopping:
-        train_set.forget(run)
-        if run.done and known:
-            run.say(f"probe {chosen} in {args.out_dir}/best.pt, all in {run.checkpoint}")
+        for step in run.steps():
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = lr_at(step, group["peak"], run.min_lr, run.warmup_steps,
+                                    run.total_steps)
+            for place, (x, label) in run.batches():  # (B, n, D) float16, (B); or clips
+                with run.autocast:
+                    if not fits:  # (B, clips, T, H, W, C) uint8
+                        x = model.tokens(x.flatten(0, 1)).unflatten(0, x.shape[:2]).flatten(1, 2)
+                    logits = net(x)  # (probes, B, K)
+                losses = torch.stack([F.cross_entropy(some.float(), label) for some in logits])
+                # the sum, so that each probe has the gradient that it would have alone
+                run.scaler.scale(losses.sum() / args.accum_steps).backward()
+                run.add(loss=losses.nanmean())  # one that has diverged hides no other
+            run.update(args.clip_grad, apart=True)
+
+            if run.due(args.log_every):
+                run.log(f"loss {{loss:.4f}} (uniform {math.log(len(classes)):.3f})")
+            due = run.step == run.total_steps or passed(run.step) > passed(step)
+            if known and due and not (run.stopping or run.failure):
+                with run.paused():
+                    validate()
+            if run.due(args.save_every):
+                save()
+    if run.done and known and not run.stopping:
+        run.say(f"probe {chosen} in {args.out_dir}/best.pt, all in {run.checkpoint}")
     return run.end()
 
 

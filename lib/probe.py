@@ -1,5 +1,6 @@
 """Attentive probes: features of a frozen encoder that are kept in a file, and what probes say."""
 
+import contextlib
 import copy
 import os
 import shutil
@@ -108,10 +109,16 @@ class FixedClips(Samples):
         """Whether the file is there, as rank 0 sees it."""
         return run.gather(os.path.exists(self.path))[0]
 
-    def forget(self, run):
-        """Removes the file: what is in it can be computed again."""
-        if run.rank == 0 and os.path.exists(self.path):
-            os.remove(self.path)
+    @contextlib.contextmanager
+    def kept(self, run):
+        """Context of the loop: the file goes when the run is finished, or has failed to begin."""
+        try:
+            yield
+        finally:
+            finished = run.step == run.total_steps and not run.stopping
+            if run.rank == 0 and (finished or run.step == run.first_step):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(self.path)
 
     @torch.no_grad()
     def probabilities(self, run, model, ids: np.ndarray, batch_size: int) -> tuple[dict, dict]:
