@@ -134,6 +134,8 @@ def get_args(argv=None):
                  epochs=20, warmup_epochs=1, eval_every=5, log_every=20,
                  lr=0.024 if early.init else 0.012)
     args = p.parse_args(argv)
+    if args.hour and args.toy:
+        p.error("--hour and --toy are presets: expected one of them")
     for name in ("crop_area", "crop_aspect"):
         low, high = getattr(args, name)
         if low > high:

@@ -88,6 +88,8 @@ def get_args(argv=None):
                  crop_scales=[1], repeat_aug=2, batch_size=32, mask_ratio=0.75, decoder_depth=1,
                  lr=1.2e-2, min_lr=1e-4, epochs=70, warmup_epochs=7, log_every=20)
     args = p.parse_args(argv)
+    if args.hour and args.toy:
+        p.error("--hour and --toy are presets: expected one of them")
     dense = args.sampling == "dense" and not args.fps
     if args.sampling == "sparse" and args.fps:
         p.error("--sampling sparse spans the whole video: leave out --fps")

@@ -225,6 +225,19 @@ def test_what_a_run_says_first():
 
 
 @test
+def test_an_hour():
+    """--hour sets steps unless --epochs are given; other flags win; --toy is another preset."""
+    for module, steps in ((pretrain, 1200), (finetune, 400)):
+        args = module.get_args(["--hour", "cpu"])
+        assert (args.max_steps, args.size, args.img_size) == (steps, "small", 112)
+        args = module.get_args(["--hour", "cpu", "--epochs", "300", "--img_size", "64"])
+        assert (args.max_steps, args.epochs, args.img_size) == (None, 300, 64)
+        assert module.get_args(["--hour", "gpu"]).max_steps > steps
+        assert "one of them" in mistake(module, "--hour", "gpu", "--toy")
+    assert finetune.get_args(["--hour", "cpu", "--init", "x"]).size is None
+
+
+@test
 def test_lr_schedule():
     """0 at first, the peak after the warm-up, half way in the middle, the floor at the end."""
     lr = [lr_at(s, 1.0, 0.1, 10, 110) for s in range(111)]
