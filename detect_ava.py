@@ -32,7 +32,7 @@ from ava.score import report
 from lib.cubes import to_unit
 from lib.optim import lr_at, param_groups
 from lib.process import (Parser, Process, amount, count, fraction, optim_flags, portion,
-                         positive, run_flags, script_main, share, whole)
+                         positive, rate, run_flags, script_main, share, whole)
 from lib.run import Run
 from model import SIZES, count_params
 from video import augment, lists, toy
@@ -80,7 +80,7 @@ def get_args(argv=None):
                    help="frames per clip (default: those of --init, else 16)")
     g.add_argument("--sampling_rate", type=count,
                    help="frames of --fps from one to the next of a clip (default: 4)")
-    g.add_argument("--fps", type=positive,
+    g.add_argument("--fps", type=rate,
                    help="the clock of sampling_rate, whatever a file's rate (default: 25)")
     g.add_argument("--img_size", nargs="+", type=count, metavar="PIXELS",
                    help="training crop: side, or height and width (default: --init's, else 224)")

@@ -32,7 +32,7 @@ from lib.features import (attention_rollout, features, heat, neighbours, ridge,
                           window_features)
 from lib.probe import joint
 from lib.process import (Parser, Process, count, device_flags, folder, inner, positive,
-                         random_seed, script_main, whole)
+                         random_seed, rate, script_main, whole)
 from lib.reconstruct import panels
 from lib.views import TestVideos, clip_settings, cut, run_views, say_scores, scores
 from model import AttentiveClassifier, VideoClassifier
@@ -78,7 +78,7 @@ def get_args(argv=None) -> argparse.Namespace:
     g.add_argument("--num_frames", type=count, help="frames per clip")
     g.add_argument("--sampling_rate", type=count,
                    help="frames from one sampled frame to the next")
-    g.add_argument("--fps", type=positive, help="resample to so many frames per second first")
+    g.add_argument("--fps", type=rate, help="resample to so many frames per second first")
     g.add_argument("--sampling", choices=["dense", "sparse"],
                    help="sparse (SSv2): frames spread over the whole video")
     g.add_argument("--img_size", type=count, help="pixels, height and width of a view")

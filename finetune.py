@@ -27,8 +27,8 @@ import torch.nn.functional as F
 import data
 from lib.cubes import to_unit
 from lib.optim import lr_at, param_groups
-from lib.process import (Parser, amount, count, fraction, optim_flags, portion, positive, run_flags,
-                         script_main, share, whole)
+from lib.process import (Parser, amount, count, fraction, optim_flags, portion, positive, rate,
+                         run_flags, script_main, share, whole)
 from lib.run import Run
 from lib.views import TestVideos, run_views, say_scores, scores
 from model import SIZES, VideoClassifier, count_params
@@ -52,7 +52,7 @@ def get_args(argv=None):
                    help="frames per clip (default: those of --init, else 16)")
     g.add_argument("--sampling_rate", default=4, type=count,
                    help="a clip spans num_frames * this many frames")
-    g.add_argument("--fps", type=positive, help="resample videos to this many frames/s first")
+    g.add_argument("--fps", type=rate, help="resample videos to this many frames/s first")
     g.add_argument("--sampling", default="dense", choices=["dense", "sparse", "sparse-reference"],
                    help="dense: a window of the video; sparse (SSv2): a frame per segment; "
                         "sparse-reference: segments as in the paper's code, which leave out the "

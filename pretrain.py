@@ -19,8 +19,8 @@ import data
 import masking
 from lib import reconstruct
 from lib.optim import lr_at, param_groups
-from lib.process import (Parser, count, every, few, inner, optim_flags, portion, positive,
-                         run_flags, script_main)
+from lib.process import (Parser, count, every, few, inner, optim_flags, portion, rate, run_flags,
+                         script_main)
 from lib.run import Run
 from model import SIZES, VideoMAE, count_params
 from video import lists, toy
@@ -39,7 +39,7 @@ def get_args(argv=None):
     g.add_argument("--num_frames", default=16, type=count, help="frames per clip")
     g.add_argument("--sampling_rate", default=4, type=count,
                    help="frames from one sampled frame to the next (SSv2: 2)")
-    g.add_argument("--fps", type=positive, help="sample by time instead: frames per second")
+    g.add_argument("--fps", type=rate, help="sample by time instead: frames per second")
     g.add_argument("--sampling", default="dense", choices=["dense", "sparse"],
                    help="sparse: one frame of each of num_frames equal segments")
     g.add_argument("--img_size", default=224, type=count, help="pixels, a clip's height and width")

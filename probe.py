@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from lib.optim import lr_at
 from lib.probe import FixedClips, set_aside
-from lib.process import (Parser, amount, count, inner, optim_flags, positive, run_flags,
+from lib.process import (Parser, amount, count, inner, optim_flags, positive, rate, run_flags,
                          script_main)
 from lib.run import Run
 from lib.views import TestVideos, scores
@@ -47,7 +47,7 @@ def get_args(argv=None):
     g.add_argument("--num_frames", type=count, help="frames per clip (default: those of --init)")
     g.add_argument("--sampling_rate", default=4, type=count,
                    help="frames from one sampled frame to the next")
-    g.add_argument("--fps", type=positive, help="resample videos to this many frames/s first")
+    g.add_argument("--fps", type=rate, help="resample videos to this many frames/s first")
     g.add_argument("--sampling", default="dense", choices=["dense", "sparse"],
                    help="sparse (SSv2): frames spread over the whole video")
     g.add_argument("--img_size", type=count,

@@ -57,18 +57,22 @@ def read_checkpoint(path: str, script: str, flags, parts={}) -> dict:
         saved = load_torch(path)
     except ValueError as e:
         raise ValueError(f"{e}; --no-resume moves it aside") from None
-    saved = saved if isinstance(saved, dict) else {}
-    wanted = PARTS | parts
+    saved, wanted = saved if isinstance(saved, dict) else {}, PARTS | parts
+    args = saved.get("args")
+    unknown = sorted(set(args) - {*flags, "total_steps"}) if isinstance(args, dict) else []
+    if unknown:
+        raise ValueError(f"{path}: a checkpoint of another script than {script}, which has no "
+                         f"{', '.join(map(str, unknown[:5]))}: choose another --out_dir, or "
+                         "--no-resume, which moves it aside")
     lacks = [k for k, kind in wanted.items() if k not in saved or not isinstance(saved[k], kind)]
     if not lacks and not isinstance(saved["args"].get("total_steps"), int):
         lacks = ["args.total_steps"]
+    step = saved.get("step")
+    if not lacks and (isinstance(step, bool) or not 0 <= step <= saved["args"]["total_steps"]):
+        lacks = ["step"]
     if lacks:
         raise ValueError(f"{path}: not a checkpoint of {script}: {', '.join(lacks)} is missing or "
                          "of another kind; --no-resume moves it aside")
-    unknown = sorted(set(saved["args"]) - {*flags, "total_steps"})
-    if unknown:
-        raise ValueError(f"{path}: not a checkpoint of {script}, which has no "
-                         f"{', '.join(unknown[:5])}; --no-resume moves it aside")
     return saved
 
 

@@ -290,3 +290,28 @@ def test_what_refers_to_a_damaged_frame_is_refused():
             assert (video.frames([i])[0] == picture).all(), i
     with raises("frame 14 is damaged"), decode.VideoReader(path) as video:
         video.check()
+
+
+@test
+def test_stamps_of_decoding():
+    """Copies whose pictures have the time stamps of decoding, in all or in part, come in order."""
+    source = write("b.mp4", numbered(48), bf=3, g=12, crf=1)
+    for name, start in (("all.mp4", 0), ("part.mp4", 24)):
+        path = tmp(name)
+        with av.open(source) as original, av.open(path, "w") as out:
+            stream = out.add_stream_from_template(original.streams.video[0])
+            for i, packet in enumerate(p for p in original.demux() if p.size):
+                if i >= start:
+                    packet.pts = packet.dts
+                packet.stream = stream
+                out.mux(packet)
+        with av.open(path) as file:
+            plain = [decode.to_rgb(frame) for frame in file.decode(video=0)]
+        with decode.VideoReader(path) as video:
+            assert len(video) == len(plain) and video.counted, name
+            assert all((a == b).all() for a, b in zip(video.frames(range(len(plain))), plain)), name
+        for i in range(0, len(plain), 5):
+            with decode.VideoReader(path) as video:
+                assert (video.frames([i])[0] == plain[i]).all(), (name, i)
+    with decode.VideoReader(source) as video:
+        assert not video.counted

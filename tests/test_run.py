@@ -475,6 +475,8 @@ def test_damaged_checkpoints_and_logs(script):
     states["of this model"] = other(**{weight: good["model"][weight][:1]})  # another shape
     states[weight] = good | dict(model={k: v for k, v in good["model"].items() if k != weight})
     states["not a checkpoint"] = [1, 2]
+    states |= {"step" + " " * n: good | dict(step=step) for n, step in
+               enumerate((-1, 10**9, True), 1)}
 
     def refused(*words, real=False):
         before = files(out)
@@ -490,7 +492,7 @@ def test_damaged_checkpoints_and_logs(script):
         assert files(out) == before, words
     for word, state in states.items():
         torch.save(state, path)
-        refused(path, word, real=word == "model")
+        refused(path, word.strip(), real=word == "model")
     for content in (b"", b"no checkpoint", open(path, "rb").read()[:-1000]):
         with open(path, "wb") as f:
             f.write(content)

@@ -16,7 +16,7 @@ import numpy as np
 
 from ava.clips import clip_seconds
 from tests.common import (as_script, call, mistake, numbered, numbers, odd_files, raises, test, tmp,
-                          write)
+                          toy_videos, write)
 from video import decode, lists, pictures, prepared, tools, toy
 
 
@@ -493,3 +493,26 @@ def test_toy_movies():
     os.makedirs(tmp("odd_toy"))
     with raises("odd_toy", "move it away"):
         toy.make_toy_movies(tmp("odd_toy"))
+
+
+@test
+def test_lists_overwrite_no_video():
+    """A list is not written over a video; more folds than videos, and others' rows, are refused."""
+    folder = os.path.join(tempfile.mkdtemp(dir=tmp()), "set")
+    shutil.copytree(toy_videos(), folder)
+    video = next(path for path in lists.read_videos(folder)[0])
+    before = open(video, "rb").read()
+    labelled = tmp("own.tsv")
+    lists.write_list(labelled, [(path, "ab"[i % 2])
+                                for i, path in enumerate(lists.read_videos(folder)[0])])
+    for args in (["split", labelled, video, tmp("v.tsv")], ["split", labelled, tmp("v.tsv"), video],
+                 ["check", folder, "--write_good", video, "--num_workers", 1]):
+        text = mistake(tools, *args)
+        assert video in text and "a list to write" in text, text
+    assert open(video, "rb").read() == before and not os.path.exists(tmp("v.tsv"))
+    text = mistake(tools, "split", labelled, tmp("t.tsv"), tmp("v.tsv"), "--folds", 10**6)
+    assert "--folds 1000000" in text, text
+    with open(tmp("tsn.txt"), "w") as f:
+        f.writelines(f"{path} 24 {i % 2}\n" for i, path in enumerate(lists.read_videos(folder)[0]))
+    with raises("tsn.txt", "two numbers"):
+        lists.read_videos(tmp("tsn.txt"))

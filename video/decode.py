@@ -86,6 +86,7 @@ def to_rgb(frame: av.VideoFrame) -> np.ndarray:
 
 # of the long files only: reading all their packets again takes seconds
 INDEX_CACHE: OrderedDict = OrderedDict()
+SHUFFLED: dict = {}  # of files that look so: whether they are
 
 
 class VideoReader:
@@ -174,8 +175,10 @@ class VideoReader:
             self.pts, self.keys, self.order, self.counted, self.times = INDEX_CACHE[stamp]
             return
         self.packets, self.pts, shown, keys = [], [], [], []
+        apart = []  # by packet: whether it is decoded at another time than it is shown
         for i, packet in enumerate(self.demux()):
             self.pts.append(packet.pts)
+            apart.append(packet.pts != packet.dts)
             if packet.is_keyframe:
                 keys.append((packet.pts, i))
             if self.is_shown(packet):
@@ -186,7 +189,7 @@ class VideoReader:
             raise VideoError(f"{self.path}: holds no video packets")
         stamps = [self.pts[i] for i in shown if keys and i >= keys[0][1]]
         unusable = None in stamps or len(set(stamps)) < len(stamps) or not keys
-        if unusable or self.guesses_times():
+        if unusable or self.guesses_times() or self.is_shuffled(apart, [i for _, i in keys]):
             self.count_frames()
         else:
             start, first = self.find_start(min(keys)[0], keys[0][1], shown)
@@ -235,6 +238,28 @@ class VideoReader:
     def guesses_times(self) -> bool:
         """AVI stores decoding order only: with B-frames, time stamps are not the pictures'."""
         return self.container.format.name == "avi" and bool(self.codec.has_b_frames)
+
+    def is_shuffled(self, apart, keys) -> bool:
+        """Whether pictures are shown in another order than their time stamps say.
+
+        So it is where a stream with B-frames was copied from AVI or a raw file into a container:
+        the stamps are those of decoding. Where they look so, in all the file or from one key frame
+        to the next, all is decoded once: a decoder gives pictures in their order.
+        """
+        stamps = [pts for pts in self.pts if pts is not None]
+        ascending = all(a < b for a, b in itertools.pairwise(stamps))
+        ends = [*keys, len(self.pts)]
+        alike = any(b - a > 3 and not any(apart[a:b]) for a, b in itertools.pairwise(ends))
+        if not self.codec.has_b_frames or not (ascending or alike):
+            return False
+        stamp = self.path, len(self.pts), os.path.getmtime(self.path)
+        if stamp not in SHUFFLED:
+            stamps = []
+            with contextlib.suppress(*AV_ERRORS):
+                for frame in self.decode(self.read(0, len(self.pts))):
+                    stamps.append(frame.pts)
+            SHUFFLED[stamp] = any(a >= b for a, b in itertools.pairwise(stamps))
+        return SHUFFLED[stamp]
 
     def demux(self):
         """Yields the stream's packets from where the container stands."""
@@ -497,6 +522,9 @@ class MovieReader(VideoReader):
                 return None
             if not packets or packets[0].pts > max(stamps.min(), self.first):
                 continue
+            alike = len(packets) > 3 and all(p.pts == p.dts for p in packets)
+            if alike and self.codec.has_b_frames:  # see is_shuffled
+                return None
             shown = sorted(p.pts for p in packets if self.is_shown(p) and p.pts >= packets[0].pts)
             if len(set(shown)) < len(shown):
                 return None

@@ -81,8 +81,15 @@ def list_text(rows: list, out: str) -> str:
     return "".join(line + "\n" for line in lines)
 
 
+def check_out(out: str):
+    """ValueError where a list would overwrite a video."""
+    if os.path.exists(out) and is_media(out):
+        raise ValueError(f"{out}: a video or picture; expected the name of a list to write")
+
+
 def write_list(out: str, rows: list):
     """Writes a list file, whole or not at all; see list_text."""
+    check_out(out)
     text = list_text(rows, out)
     with open(out + ".part", "w", encoding="utf-8") as f:
         f.write(text)
@@ -155,6 +162,9 @@ def read_list(source: str, data_root: str) -> list[tuple]:
             for path, label in found]
     if not rows:
         raise ValueError(f"{source}: an empty list")
+    if all(re.fullmatch(r"\d+[\s,]+\d+", label or "") for _, label in rows):
+        raise ValueError(f"{source}: its rows hold two numbers behind the path, as those of other "
+                         "projects do (path, frames, label); expected `path label`")
     if not any(prepared.exists(path) for path, _ in rows):
         raise ValueError(f"{source}: none of its {len(rows)} files exists, the first is "
                          f"{rows[0][0]!r}; relative paths start at --data_root, or else at the "

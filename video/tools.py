@@ -229,6 +229,8 @@ def split_main(args):
     if same:
         print(f"{say_copies(same)}; they stay on one side")
     groups = merged(grouped(paths, labels, args.group), same)
+    if args.folds > max(5, len(paths)):
+        raise ValueError(f"--folds {args.folds}: expected at most {len(paths)}, one for each video")
     if args.val_group and (args.folds, args.fold) != (5, 0):
         raise ValueError("--val_group says what is for validation: leave out --folds and --fold")
     if args.val_group:
@@ -241,6 +243,8 @@ def split_main(args):
     else:
         val = fold_of(groups, args)
     kind = "groups" if args.group else "files"
+    lists.check_out(args.train)
+    lists.check_out(args.val)
     lists.list_text(zip(paths, labels), args.train)  # both lists can be written, or none is
     sides = []
     for out, is_val in ((args.train, False), (args.val, True)):
@@ -437,6 +441,7 @@ def check_main(args):
     """
     paths, labels = lists.read_videos(args.source, args.data_root)
     if args.write_good:  # before hours of reading: can it be written?
+        lists.check_out(args.write_good)
         lists.list_text(zip(paths, labels), args.write_good)
     start, bad, total, failed, found = time.time(), set(), 0, 0, {}
     with contextlib.ExitStack() as stack:
