@@ -615,7 +615,7 @@ def get_args(argv=None) -> argparse.Namespace:
     """The flags; an impossible one ends the program and is named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     # what Process asks for and no flag says
-    parser.set_defaults(device=None, dtype=None, num_workers=0)
+    parser.set_defaults(device=None, dtype=None, num_workers=0, frame_rate=25.0)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (_, text) in BENCHES.items():
         p = commands.add_parser(name, help=text, formatter_class=Help)

@@ -465,8 +465,10 @@ def main():
     sources = {name: some for name, some in sources.items() if some}
     if any("toy" in some for some in sources.values()):
         run.once(toy.make_toy, log=run.say)
-    files = {name: run.videos(some, args.data_root, f"toy/{'train' * (name == 'knn') or 'val'}")
-             for name, some in sources.items()}
+    read = lambda folders: {name: run.videos(
+        some, args.data_root, f"toy/{'train' * (name == 'knn') or 'val'}", folders=folders)
+        for name, some in sources.items()}
+    files = read(args.num_frames != 1)
 
     # ---- model: weights, class names, and how its clips were sampled
     img_size = (args.img_size, args.img_size) if args.img_size else None
@@ -474,6 +476,9 @@ def main():
                                run.rank == 0 and not args.json, args.positions)
     model.to(run.device)
     classes = check_model(args, model, about)
+    if model.config["num_frames"] == 1 and any(lists.say_folders(x) for x, _ in files.values()):
+        run.say("a model of single frames: each picture that is found in a folder is by itself")
+        files = read(False)
     clip_args = clip_settings(model, about, sampling_rate=args.sampling_rate, fps=args.fps,
                               sampling=args.sampling, antialias=args.antialias)
     clip_args["num_segments"] = args.num_segments or 1

@@ -165,11 +165,15 @@ def main():
     args = get_args()
     run = Run(args)
 
-    # ---- data
+    # ---- data; for clips of one frame a folder of numbered pictures is no video
+    img_size = args.img_size and (args.img_size,) * 2
+    shape = encoder_shape(args.init, size=args.size, num_frames=args.num_frames, img_size=img_size,
+                          patch_size=args.patch_size, tubelet_size=args.tubelet_size)
+    folders = shape["num_frames"] > 1
     with_toy = "toy" in args.data + (args.val_data or [])
     if with_toy:
         run.once(toy.make_toy)
-    paths, names = run.videos(args.data, args.data_root, "toy/train", max_bad=args.max_bad)
+    paths, names = run.videos(args.data, args.data_root, "toy/train", None, args.max_bad, folders)
     classes = lists.class_names([name for name in names if name is not None])
     labels = lists.class_ids(names, classes, paths, "the training data")
     if len(classes) < 2:
@@ -179,7 +183,8 @@ def main():
         paths, labels = lists.first_of_each(paths, labels, args.per_class)
     val_paths, val_labels = [], []
     if args.val_data or with_toy:
-        val_paths, names = run.videos(args.val_data or ["toy"], args.data_root, "toy/val")
+        val_paths, names = run.videos(args.val_data or ["toy"], args.data_root, "toy/val",
+                                      folders=folders)
         val_labels = lists.class_ids(names, classes, val_paths, "the training data")
     for line in lists.describe(classes, paths, labels, val_paths, val_labels):
         run.say(line)
@@ -193,9 +198,6 @@ def main():
                          "--batch_size or --accum_steps")
 
     # ---- model: shaped as --init is where the flags do not say otherwise
-    img_size = args.img_size and (args.img_size,) * 2
-    shape = encoder_shape(args.init, size=args.size, num_frames=args.num_frames, img_size=img_size,
-                          patch_size=args.patch_size, tubelet_size=args.tubelet_size)
     if args.init and shape["num_frames"] == 1 and not args.num_frames:
         run.say(f"{args.init} is a model of one frame, and so is this one: --num_frames 16 "
                 "--tubelet_size 2 inflates it")

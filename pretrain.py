@@ -109,9 +109,10 @@ def main():
     if with_toy:
         run.once(toy.make_toy)
     root, out = args.data_root, args.out_dir
-    paths, val_paths = run.videos(args.data, root, "toy/train", out, args.max_bad)[0], []
+    folders = args.num_frames > 1  # of numbered pictures: videos; for clips of one frame, not
+    paths, val_paths = run.videos(args.data, root, "toy/train", out, args.max_bad, folders)[0], []
     if args.val_data or with_toy:
-        val_paths = run.videos(args.val_data or ["toy"], root, "toy/val", out)[0]
+        val_paths = run.videos(args.val_data or ["toy"], root, "toy/val", out, 1, folders)[0]
     twice = 2 if args.target == "dense" else 1  # the frames, at half the distance
     clip_args = dict(num_frames=args.num_frames * twice, img_size=(args.img_size,) * 2,
                      stride=args.sampling_rate // twice, fps=args.fps and args.fps * twice,

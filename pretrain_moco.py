@@ -129,7 +129,7 @@ def main():
     if "toy" in args.data:
         run.once(toy.make_toy_shapes)
     paths, _ = run.videos(args.data, args.data_root, "toy_shapes/train", args.out_dir,
-                          args.max_bad)
+                          args.max_bad, args.num_frames > 1)
     if args.batch_size * run.world < 2:
         raise ValueError("--batch_size 1: nothing to contrast with, expected 2 or more")
     train_set = data.ViewPairs(paths, [], num_frames=args.num_frames,

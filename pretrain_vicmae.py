@@ -130,12 +130,13 @@ def main():
     with_toy = "toy" in args.data + args.images + (args.val_data or [])
     if with_toy:
         run.once(toy.make_toy_shapes)
-    read = lambda sources, part, max_bad=args.max_bad: run.videos(
-        sources, args.data_root, part, args.out_dir, max_bad)[0]
-    paths, images = (read(x, "toy_shapes/train") if x else [] for x in (args.data, args.images))
+    read = lambda sources, part, folders=True, max_bad=args.max_bad: run.videos(
+        sources, args.data_root, part, args.out_dir, max_bad, folders)[0]
+    paths, images = (read(x, "toy_shapes/train", x is args.data) if x else []
+                     for x in (args.data, args.images))
     val_paths = paths or images
     if args.val_data or with_toy:
-        val_paths = read(args.val_data or ["toy"], "toy_shapes/val", 1)
+        val_paths = read(args.val_data or ["toy"], "toy_shapes/val", bool(args.data), 1)
     image_fraction = 0.5 if args.image_fraction is None else args.image_fraction
     num_images = args.batch_size * (not paths)  # in a batch of a rank
     if paths and images:

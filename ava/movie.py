@@ -12,8 +12,9 @@ import torch
 from ava.clips import TestFrames, key_frames, movie_size
 from ava.detector import detect, to_rows
 from ava.files import Rows, of_frames, pick, read_boxes, write_detections
-from video.decode import VideoError, VideoReader, resize
+from video.decode import VideoError, resize
 from video.pictures import draw_text
+from video.prepared import in_set, open_video
 
 COLORS = [(255, 230, 0), (0, 230, 255), (255, 90, 200), (120, 255, 90), (255, 150, 60),
           (150, 170, 255)]
@@ -71,18 +72,15 @@ def draw_movie(path: str, out: str, found: Rows, names: dict, show: float,
     """
     seconds = np.array([second for _, second in found.keys]) - movie_start
     part, clock = out + ".part", Fraction(1, 90000)
-    with VideoReader(path) as video, contextlib.ExitStack() as stack:
+    with open_video(path) as video, contextlib.ExitStack() as stack:
         stack.callback(lambda: os.path.exists(part) and os.remove(part))  # after an error
         file = stack.enter_context(av.open(part, "w", format="mp4"))
-        rate = video.stream.average_rate or Fraction(25)
-        stream = file.add_stream("libx264", rate=rate.limit_denominator(1001))
+        stream = file.add_stream("libx264", rate=video.rate.limit_denominator(1001))
         stream.pix_fmt, stream.options = "yuv420p", {"crf": "18"}
         stream.codec_context.time_base = clock
-        count, last = 0, -1
-        for frame in video.decode(video.read(0, len(video.pts))):
-            if count >= len(video):
-                break
-            image = magnified(video.convert(frame))
+        count = last = -1
+        for count, image in enumerate(video.all_frames()):
+            image = magnified(image)
             t = video.times[count] - video.times[0]
             nearest = int(abs(seconds - t).argmin()) if len(seconds) else -1
             if nearest >= 0 and abs(seconds[nearest] - t) <= 0.5:
@@ -97,18 +95,17 @@ def draw_movie(path: str, out: str, found: Rows, names: dict, show: float,
             last = max(last + 1, round(t * 90000))
             picture.pts, picture.time_base = last, clock
             file.mux(stream.encode(picture))
-            count += 1
         file.mux(stream.encode(None))
         file.close()
         os.replace(part, out)
-    return count
+    return count + 1
 
 
 # ---- detect_ava.py --video ----
 
 def whole_frames(path: str, name: str, movie_start: float) -> Rows:
     """The whole frame as the box of every second of a movie."""
-    with VideoReader(path) as video:
+    with open_video(path) as video:
         end = video.times[-1] - video.times[0] + movie_start
     keys = [(name, second) for second in range(math.ceil(movie_start), int(end) + 1)]
     n = len(keys)
@@ -138,7 +135,9 @@ def detect_movie(run, args, model, names: dict, seconds: np.ndarray, short_side:
     seconds: those of a clip's frames from its key frame on. A damaged movie gives status 1.
     """
     movie = args.video
-    name = os.path.splitext(os.path.basename(movie))[0]
+    if in_set(movie):
+        raise ValueError(f"--video {movie}: is of a prepared set; expected the movie itself")
+    name = os.path.splitext(os.path.basename(os.path.normpath(movie)))[0]
     base = os.path.join(args.out_dir, name + "_actions")
     for given in (movie, args.boxes):
         results = (os.path.realpath(base + end) for end in (".csv", ".mp4"))

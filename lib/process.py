@@ -11,7 +11,7 @@ import traceback
 import torch
 import torch.distributed as dist
 
-from video import lists
+from video import frames, lists
 
 # ---- types of flags: a value out of range ends the program, which says what is allowed ----
 
@@ -124,6 +124,8 @@ def device_flags(p: Parser):
                    help="(default: bf16 where the hardware has it)")
     g.add_argument("--num_workers", type=workers,
                    help="decoding processes per rank (default: cores per rank, at most 10)")
+    g.add_argument("--frame_rate", default=25.0, type=positive,
+                   help="frames per second of folders of numbered pictures")
     return g
 
 
@@ -222,6 +224,7 @@ class Process:
     """
 
     def __init__(self, args, host_only: bool = False, quiet: bool = False):
+        frames.set_rate(args.frame_rate)
         self.rank = int(os.environ.get("RANK", 0))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
@@ -251,13 +254,15 @@ class Process:
         self.barrier()
 
     def videos(self, sources: list, data_root: str, toy: str, outside: str | None = None,
-               max_bad: float = 1.0) -> tuple[list[str], list[str | None]]:
+               max_bad: float = 1.0, folders: bool = True) -> tuple[list[str], list[str | None]]:
         """lists.read_all; says which files do not exist, on rank 0 the first ten of them.
 
         ValueError, on all ranks, where they are more than max_bad of the files. The first rank of
         each machine looks; the machine that lacks most speaks for all.
         """
-        paths, labels = lists.read_all(sources, data_root, toy, outside)
+        paths, labels = lists.read_all(sources, data_root, toy, outside, folders)
+        for note in lists.say_folders(paths) if self.rank == 0 else ():
+            self.say(note)
         gone = lists.missing(paths) if self.local_rank == 0 else []
         count, some = max(self.gather((len(gone), gone[:10])))
         if count:

@@ -250,7 +250,7 @@ def test_short_videos_are_said_first():
 @test
 def test_ranks_agree_on_missing_files():
     """One rank of a machine looks; what the worst machine lacks is an error on all ranks."""
-    flags = argparse.Namespace(device="cpu", dtype="fp32", num_workers=0)
+    flags = argparse.Namespace(device="cpu", dtype="fp32", num_workers=0, frame_rate=25)
     look = unittest.mock.Mock(return_value=[])
     for local_rank in range(2):
         process = Process(flags, quiet=True)

@@ -106,9 +106,6 @@ class VideoReader:
         antialias: how frames are brought to it, as in `resize`.
         """
         self.path, self.size_of, self.antialias = path, size_of, antialias
-        if os.path.isdir(path):
-            raise VideoError(f"{path}: is a folder; expected a video file (frame folders cannot be "
-                             "read yet)")
         if not os.path.isfile(path):
             why = "not a file" if os.path.exists(path) else "no such file"
             raise VideoError(f"{path}: {why}")
@@ -128,12 +125,13 @@ class VideoReader:
             raise VideoError(f"{path}: {reason(e)}") from None
 
     def open_stream(self):
-        """Sets stream and codec."""
+        """Sets stream, codec, and rate: frames per second, as the container says."""
         # of several the largest, as ffmpeg chooses
         self.stream = self.container.streams.best("video")
         cover = av.stream.Disposition.attached_pic
         if self.stream is None or self.stream.disposition & cover:
             raise VideoError(f"{self.path}: has no video stream")
+        self.rate = self.stream.average_rate or Fraction(25)
         self.codec = self.stream.codec_context
         if self.codec is None:
             raise VideoError(f"{self.path}: no decoder for its video codec")
@@ -333,12 +331,17 @@ class VideoReader:
         """
         return np.stack(self.pictures(indices))
 
-    def pictures(self, indices) -> list[np.ndarray]:
-        """As `frames`, a list of (H, W, 3): what is cropped next need not be copied whole."""
+    def inside(self, indices) -> list[int]:
+        """Frame indices as a list; VideoError where the video has no such frame."""
         indices = [int(i) for i in indices]
         first, last, n = min(indices), max(indices), len(self)
         if first < 0 or last >= n:
             raise VideoError(f"{self.path}: frames {first}..{last} wanted, it has {n}")
+        return indices
+
+    def pictures(self, indices) -> list[np.ndarray]:
+        """As `frames`, a list of (H, W, 3): what is cropped next need not be copied whole."""
+        indices, n = self.inside(indices), len(self)
         found, missing, wrong = {}, indices, None  # frame index -> picture
         for back in (0, 2, len(self.keys)):
             for key, some in self.by_key_frame(missing, back).items():
@@ -353,6 +356,11 @@ class VideoReader:
         if missing:
             raise wrong or VideoError(f"{self.path}: frame {missing[0]} of {n} gives no picture")
         return self.alike(found, indices)
+
+    def all_frames(self):
+        """Yields every frame in its order, (H, W, 3) uint8; the file is decoded once."""
+        frames = self.decode(self.read(0, len(self.pts)))
+        yield from map(self.convert, itertools.islice(frames, len(self)))
 
     def check(self):
         """Decodes all frames in one pass and keeps none; VideoError names the first that fails."""

@@ -9,11 +9,11 @@ from collections import Counter
 import numpy as np
 
 from video import prepared
+from video.frames import IMAGE_EXT, are_frames, get_rate
 
 VIDEO_EXT = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".m4v", ".wmv", ".flv",
              ".3gp", ".ts", ".ogv", ".gif", ".mts", ".m2ts", ".vob", ".mxf", ".ogg", ".asf",
              ".divx", ".y4m", ".m2v", ".m1v", ".f4v")
-IMAGE_EXT = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 HEADERS = ("path,label", "video,label", "path", "video")  # first rows of a list that name columns
 MEDIA = "|".join(re.escape(ending) for ending in VIDEO_EXT + IMAGE_EXT)  # a regular expression
 
@@ -98,18 +98,20 @@ def write_list(out: str, rows: list):
 
 # ---- sources ----
 
-def read_videos(source: str, data_root: str = "") -> tuple[list[str], list[str | None]]:
+def read_videos(source: str, data_root: str = "",
+                folders: bool = True) -> tuple[list[str], list[str | None]]:
     """A list, a folder (of class folders or flat), a prepared set or one video -> paths, labels.
 
     Labels are as written, None where there is none. The videos of a prepared set are named
-    FOLDER::PATH. Relative paths of a list start at data_root. ValueError: nothing to read there.
+    FOLDER::PATH. Relative paths of a list start at data_root; a row may name a frame folder.
+    folders: as of read_folder. ValueError: nothing to read there.
     """
     if os.path.isdir(source) and prepared.is_prepared(source):
         source = os.path.normpath(source)
         rows = [(f"{source}::{path}", label)
                 for path, label in prepared.read_index(source)["rows"]]
     elif os.path.isdir(source):
-        rows = read_folder(source)
+        rows = read_folder(source, folders)
     elif prepared.in_set(source):
         rows = [(source, None)]
     elif not os.path.isfile(source):
@@ -127,11 +129,12 @@ def is_media(name: str) -> bool:
     return name.lower().endswith(VIDEO_EXT + IMAGE_EXT) and not name.startswith(".")
 
 
-def read_folder(source: str) -> list[tuple]:
+def read_folder(source: str, folders: bool = True) -> list[tuple]:
     """The videos of a folder at any depth -> (path, label) rows.
 
     The label is the first folder below the source, None where there is none. Names that begin with
-    a dot are left out.
+    a dot are left out. folders: one that holds numbered pictures, and no other picture, video or
+    folder, is a video itself; False (clips of one frame are wanted): each picture is one.
     """
     rows, seen = [], set()
     for folder, subfolders, files in os.walk(source, followlinks=True):
@@ -140,9 +143,13 @@ def read_folder(source: str) -> list[tuple]:
             name for name in subfolders
             if not name.startswith((".", "@eaDir"))  # a NAS keeps its thumbnails in @eaDir
             and os.path.realpath(os.path.join(folder, name)) not in seen)
-        inside = os.path.relpath(folder, source).split(os.sep)[0]
-        label = None if inside == "." else inside
-        rows += [(os.path.join(folder, name), label) for name in sorted(files) if is_media(name)]
+        inside = os.path.relpath(folder, source).split(os.sep)
+        label = None if inside == ["."] else inside[0]
+        media = sorted(filter(is_media, files))
+        if folders and not subfolders and are_frames(media):
+            rows.append((folder.rstrip(os.sep), label if inside[1:] else None))
+        else:
+            rows += [(os.path.join(folder, name), label) for name in media]
     if not rows:
         raise ValueError(f"{source}: no videos in this folder; known endings: "
                          f"{' '.join(VIDEO_EXT + IMAGE_EXT)}")
@@ -158,7 +165,7 @@ def read_list(source: str, data_root: str) -> list[tuple]:
         raise ValueError(f"{source}: not a text file ({e}); expected a list with a row "
                          "`path label` per video") from None
     found = filter(None, (parse_line(line, i, source) for i, line in enumerate(lines, 1)))
-    rows = [(path if prepared.in_set(path) else os.path.join(data_root, path), label)
+    rows = [(path if prepared.in_set(path) else os.path.join(data_root, path.rstrip("/")), label)
             for path, label in found]
     if not rows:
         raise ValueError(f"{source}: an empty list")
@@ -174,8 +181,8 @@ def read_list(source: str, data_root: str) -> list[tuple]:
     return rows
 
 
-def read_all(sources: list, data_root: str, toy: str,
-             outside: str | None = None) -> tuple[list[str], list[str | None]]:
+def read_all(sources: list, data_root: str, toy: str, outside: str | None = None,
+             folders: bool = True) -> tuple[list[str], list[str | None]]:
     """The videos of several sources, one after the other -> paths, labels; see read_videos.
 
     The word "toy" means the folder or list `toy`. outside: a folder whose videos are left out,
@@ -183,7 +190,7 @@ def read_all(sources: list, data_root: str, toy: str,
     """
     rows = []
     for source in sources:
-        rows += zip(*read_videos(toy if source == "toy" else source, data_root))
+        rows += zip(*read_videos(toy if source == "toy" else source, data_root, folders))
     if outside is not None:
         below = os.path.abspath(outside) + os.sep
         rows = [row for row in rows if not os.path.abspath(row[0]).startswith(below)]
@@ -217,6 +224,13 @@ def say_missing(count: int, some: list[str], total: int) -> str:
     return "\n  ".join([f"{count} of {total} files do not exist:", *names])
 
 
+def say_folders(paths: list[str]) -> list[str]:
+    """[] or a sentence on how many of the videos are frame folders, and what that means."""
+    found = [path for path in paths if not is_media(os.path.basename(path)) and os.path.isdir(path)]
+    return [f"{len(found)} of {len(paths)} videos are folders of numbered pictures, "
+            f"{get_rate():g} a second (--frame_rate), the first is {found[0]}"] if found else []
+
+
 def refuse_pictures(paths: list[str], num_frames: int):
     """ValueError where clips of more than one frame would be read from pictures."""
     if num_frames == 1:
@@ -226,8 +240,8 @@ def refuse_pictures(paths: list[str], num_frames: int):
         raise ValueError(
             f"{len(pictures)} of {len(paths)} files are pictures, the first is {pictures[0]}: a "
             f"clip of {num_frames} frames would show one still {num_frames} times; expected "
-            "videos, or --num_frames 1 --tubelet_size 1. Frames of one video: make a video of "
-            "each folder first (ffmpeg -framerate 25 -i %05d.jpg clip.mp4)")
+            "videos, or --num_frames 1 --tubelet_size 1. Frames of one video are a folder of their "
+            "own: numbered pictures, with no other picture, video or folder beside them")
 
 
 def fingerprint(paths: list[str], labels: list | None = None) -> str:
@@ -262,7 +276,9 @@ def class_ids(labels: list, classes: list[str], paths: list[str], known: str) ->
     without = [path for path, label in zip(paths, labels) if label is None]
     if without:
         raise ValueError(f"{len(without)} of {len(paths)} videos have no label, the first is "
-                         f"{without[0]}; expected rows `path label` or one folder per class")
+                         f"{without[0]}; expected rows `path label` or one folder per class"
+                         + "; it is a folder of numbered pictures, which is one video (each picture "
+                           "by itself: --num_frames 1)" * os.path.isdir(without[0]))
     ids = {name: i for i, name in enumerate(classes)}
     new = {}
     for path, label in zip(paths, labels):

@@ -26,6 +26,7 @@ import torch
 
 from video.decode import (MovieReader, VideoError, VideoReader, nearest, reason, resize,
                           short_side, to_rgb)
+from video.frames import FrameFolder
 
 CHUNK = 128 << 20  # bytes of reduced frames that are held at once while a video is prepared
 FORMS = ("raw", "compact")
@@ -77,13 +78,18 @@ def shard_bytes(path: str) -> np.ndarray:
 
 
 def open_video(path: str, size_of=None, antialias=True):
-    """A reader for a video file or FOLDER::PATH of a prepared set; the rest as in VideoReader."""
-    return (PreparedVideo if in_set(path) else VideoReader)(path, size_of, antialias)
+    """A reader for a video file, a frame folder or FOLDER::PATH of a prepared set.
+
+    The rest as in VideoReader.
+    """
+    reader = FrameFolder if os.path.isdir(path) else VideoReader
+    return (PreparedVideo if in_set(path) else reader)(path, size_of, antialias)
 
 
 def open_movie(path: str, size_of=None):
     """As open_video, for access by time (`at`)."""
-    return PreparedVideo(path, size_of) if in_set(path) else MovieReader(path, size_of)
+    reader = FrameFolder if os.path.isdir(path) else MovieReader
+    return (PreparedVideo if in_set(path) else reader)(path, size_of)
 
 
 def in_set(path: str) -> bool:
@@ -279,7 +285,7 @@ def append_video(f, path: str, settings: dict) -> list:
         f.write(content)
         checksum = zlib.crc32(content, checksum)
 
-    with VideoReader(path, reduce_to(settings["short_side"])) as video:
+    with open_video(path, reduce_to(settings["short_side"])) as video:
         kept = range(0, len(video), settings["sampling_rate"])
         step = 1  # the first frame alone, which tells the size
         offsets, codec, shape = [0], None, None
@@ -447,7 +453,7 @@ def estimate(paths: list[str], settings: dict, samples: int = 12) -> dict | None
     places = np.linspace(0, len(paths) - 1, min(samples, len(paths))).astype(int)
     for i in places:
         try:
-            with VideoReader(paths[i], reduce_to(settings["short_side"])) as video:
+            with open_video(paths[i], reduce_to(settings["short_side"])) as video:
                 n = len(video)
                 frames = video.frames([0, n // 3, 2 * n // 3])
         except VideoError:

@@ -23,11 +23,13 @@ from collections import Counter
 
 import numpy as np
 
-from video import lists, prepared
+from video import frames, lists, prepared
 from video.decode import VideoError
 from video.toy import make_toy, make_toy_shapes
 
 SHOWN = 20  # so many classes are listed at most
+ONE_FRAME = "1: for clips of one frame, a folder of numbered pictures is no video, each is"
+FRAME_RATE = "frames per second of folders of numbered pictures"
 
 # ---- what lists are made of ----
 
@@ -40,9 +42,16 @@ def write_rows(out: str, rows: list):
     lists.write_list(out, [(whole(path), label) for path, label in rows])
 
 
-def read(args) -> tuple[list[str], list[str | None]]:
-    """The source's paths and labels; says which files do not exist."""
-    paths, labels = lists.read_videos(args.source, args.data_root)
+def read(args, labelled: bool = False) -> tuple[list[str], list[str | None]]:
+    """The source's paths and labels; says what are folders, and which files do not exist.
+
+    labelled: labels are needed, so folders of pictures right in the source are classes of them.
+    """
+    paths, labels = lists.read_videos(args.source, args.data_root, args.num_frames > 1)
+    if labelled and not any(labels):
+        paths, labels = lists.read_videos(args.source, args.data_root, False)
+    for note in lists.say_folders(paths):
+        print(note)
     gone = lists.missing(paths)
     if gone:
         print(lists.say_missing(len(gone), gone, len(paths)))
@@ -61,8 +70,8 @@ def size(path: str):
     if prepared.in_set(path):
         data = stored(path)
         return None if data is None else len(data)
-    with contextlib.suppress(OSError):
-        return os.path.getsize(path) or None
+    with contextlib.suppress(OSError, VideoError):
+        return sum(map(os.path.getsize, frames.files_of(path))) or None
 
 
 def checksum(path: str, most: int | None = None):
@@ -71,11 +80,16 @@ def checksum(path: str, most: int | None = None):
         data = stored(path)
         start = len(data) // 2 if most else 0
         return hashlib.sha1(data[start:start + most if most else None]).digest()
-    with contextlib.suppress(OSError), open(path, "rb") as f:
-        if most:
-            f.seek(os.path.getsize(path) // 2)
-            return hashlib.sha1(f.read(most)).digest()
-        return hashlib.file_digest(f, "sha1").digest()
+    with contextlib.suppress(OSError, VideoError):
+        files, found = frames.files_of(path), hashlib.sha1()
+        for file in files[len(files) // 2:][:1] if most else files:
+            with open(file, "rb") as f:
+                if most:
+                    f.seek(os.path.getsize(file) // 2)
+                    found.update(f.read(most))
+                else:
+                    hashlib.file_digest(f, lambda: found)
+        return found.digest()
 
 
 def copies(paths: list[str]) -> list[list[str]]:
@@ -102,7 +116,8 @@ def say_copies(groups: list[list[str]]) -> str:
 
 
 # ---- index: public layouts -> list files ----
-# Each layout yields (where the video may be, without or with its ending; label) per entry.
+# Each layout yields (where the video may be, without or with its ending; label) per entry. Where
+# there is no such file, a folder of that name is taken, which holds its frames.
 
 def index_kinetics(annotation: str, videos: str, part: str, split: int):
     """Kinetics csv (label,youtube_id,time_start,time_end,split).
@@ -174,7 +189,8 @@ def index_moments(annotation: str, videos: str, part: str, split: int):
             if "/" not in row[0]:
                 raise ValueError(f"{annotation} row {i}: expected class/name.mp4 in the first "
                                  f"column, not {row[0]!r}")
-            yield [os.path.join(videos, row[0])], row[0].split("/")[0]
+            names = row[0], row[0].removesuffix(".mp4")
+            yield [os.path.join(videos, name) for name in names], row[0].split("/")[0]
 
 
 LAYOUTS = {"kinetics": index_kinetics, "moments": index_moments, "ssv2": index_ssv2,
@@ -192,7 +208,7 @@ def index_main(args):
     endings = "", ".mp4", ".webm", ".mkv", ".avi"
     for stems, label in entries:
         paths = [stem + ending for stem in stems for ending in endings]
-        path = next((path for path in paths if os.path.isfile(path)), None)
+        path = next(filter(os.path.isfile, paths), None) or next(filter(os.path.isdir, stems), None)
         if path:
             found.append((path, label))
         else:
@@ -218,7 +234,7 @@ def split_main(args):
 
     Where a pattern says what belongs together, whole groups; copies of a file always.
     """
-    paths, labels = read(args)
+    paths, labels = read(args, labelled=True)
     classes = lists.class_names([label for label in labels if label is not None])
     lists.class_ids(labels, classes, paths, args.source)
     if args.fold >= args.folds:
@@ -439,7 +455,9 @@ def check_main(args):
 
     Then what there is to say of those that can be read. The exit status is 1 if any fails.
     """
-    paths, labels = lists.read_videos(args.source, args.data_root)
+    paths, labels = lists.read_videos(args.source, args.data_root, args.num_frames > 1)
+    for note in lists.say_folders(paths):
+        print(note)
     if args.write_good:  # before hours of reading: can it be written?
         lists.check_out(args.write_good)
         lists.list_text(zip(paths, labels), args.write_good)
@@ -487,6 +505,8 @@ def prepare_main(args):
     rows = list(zip(*read(args)))
     settings = dict(form=args.form, sampling_rate=args.sampling_rate, short_side=args.short_side,
                     quality=args.quality, shard_videos=args.shard_videos)
+    if lists.say_folders([path for path, _ in rows]):
+        settings["frame_rate"] = args.frame_rate
     # so that the workers end with this process
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -522,6 +542,14 @@ def at_least(low: int, at_most: float = math.inf):
             raise argparse.ArgumentTypeError(f"{value}: expected {allowed}")
         return value
     return number
+
+
+def frame_rate(text: str) -> float:
+    """An argparse type: frames per second."""
+    with contextlib.suppress(ValueError):
+        if 1e-9 <= float(text) <= 1e9:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: expected a number of frames per second above 0")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -574,6 +602,7 @@ def get_args(argv=None) -> argparse.Namespace:
     p.add_argument("--val_group", help="regular expression: all videos whose paths match it, and "
                                        "no others, are for validation (one person left out)")
     p.add_argument("--seed", default=0, type=at_least(0), help="of the shuffling")
+    p.add_argument("--num_frames", default=16, type=at_least(1), help=ONE_FRAME)
 
     p = commands.add_parser("check", help="say which files of a data set cannot be read, and why")
     p.set_defaults(run=check_main)
@@ -583,9 +612,10 @@ def get_args(argv=None) -> argparse.Namespace:
                    help="processes")
     p.add_argument("--full", action="store_true", help="decode every frame, not three per file")
     p.add_argument("--num_frames", default=16, type=at_least(1),
-                   help="of the clips that videos may be too short for")
+                   help="of the clips that videos may be too short for; " + ONE_FRAME)
     p.add_argument("--sampling_rate", default=4, type=at_least(1),
                    help="their stride in frames")
+    p.add_argument("--frame_rate", default=25.0, type=frame_rate, help=FRAME_RATE)
     p.add_argument("--write_good", help="write a list of the files that can be read")
 
     p = commands.add_parser("prepare", help="decode a data set once into shards that train without "
@@ -606,6 +636,8 @@ def get_args(argv=None) -> argparse.Namespace:
                    help="videos per shard, and per unit of work")
     p.add_argument("--num_workers", default=os.cpu_count(), type=at_least(1, at_most=1000),
                    help="processes")
+    p.add_argument("--num_frames", default=16, type=at_least(1), help=ONE_FRAME)
+    p.add_argument("--frame_rate", default=25.0, type=frame_rate, help=FRAME_RATE)
     p.add_argument("--dry_run", action="store_true", help="only say how large it would be")
 
     p = commands.add_parser("toy", help="write the toy videos to toy/ and toy_shapes/")
@@ -616,4 +648,5 @@ def get_args(argv=None) -> argparse.Namespace:
 def main(argv=None) -> int | None:
     """The command line; returns the exit status."""
     args = get_args(argv)
+    frames.set_rate(getattr(args, "frame_rate", 25))
     return args.run(args)
