@@ -73,7 +73,8 @@ class FrameFolder(MovieReader):
         self.path, self.size_of, self.antialias = path, size_of, antialias
         self.files, self.first = frame_files(path), None  # first: (file, shape) of what was read
         self.order, self.rate = range(len(self.files)), Fraction(get_rate()).limit_denominator(1001)
-        self.times = np.arange(len(self.files)) / get_rate()
+        # rounded as of time stamps in a file, so that ties between frames fall alike
+        self.times = np.arange(len(self.files)) * (1 / get_rate())
 
     def __exit__(self, *exc):
         pass
