@@ -174,12 +174,12 @@ def test_what_was_read_can_be_written():
 @test
 def test_pictures_are_no_clips():
     """Pictures asked for clips of 16 frames are refused, and what to do with frames is said."""
-    paths = [tmp("frames", label, f"{i:05d}.png") for label in ("left", "right") for i in (1, 2)]
+    paths = [tmp("frames", label, f"{i}.png") for label in ("left", "right") for i in (1, "cover")]
     for path in paths:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         pictures.write_png(path, np.zeros((32, 32, 3), np.uint8))
     mixed = [*lists.read_videos(toy_videos())[0], *paths]
-    says = "4 of 16 files are pictures", paths[0], "16 times", "--num_frames 1", "ffmpeg"
+    says = "4 of 16 files are pictures", paths[0], "16 times", "--num_frames 1", "numbered pictures"
     for make in (lambda p, n: data.PretrainClips(p, n, (32, 32), 1),
                  lambda p, n: data.FinetuneClips(p, [0] * len(p), n, (32, 32), 1),
                  lambda p, n: data.ViewPairs(p, [], num_frames=n, img_size=(32, 32))):

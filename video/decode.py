@@ -99,6 +99,7 @@ class VideoReader:
     """
 
     counted = False  # whether frames were decoded to count them
+    options: dict = {}  # of the decoder
 
     def __init__(self, path: str, size_of=None, antialias=True):
         """size_of: (height, width) of an upright frame -> the size that `frames` gives instead.
@@ -137,6 +138,7 @@ class VideoReader:
             raise VideoError(f"{self.path}: no decoder for its video codec")
         self.codec.thread_count = 1  # a worker has one core
         self.codec.thread_type = "NONE"
+        self.codec.options = self.options
         self.codec.open()  # dav1d (AV1) keeps the skip_frame that it was opened with
 
     def tell_encoder(self):

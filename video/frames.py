@@ -63,6 +63,12 @@ def files_of(path: str) -> list[str]:
     return frame_files(path) if os.path.isdir(path) else [path]
 
 
+class Frame(VideoReader):
+    """A picture that is an error where it is damaged; FFmpeg would guess the pixels of a JPEG."""
+
+    options = {"err_detect": "explode"}
+
+
 class FrameFolder(MovieReader):
     """A frame folder, read like a video file of set_rate's frames per second.
 
@@ -87,7 +93,7 @@ class FrameFolder(MovieReader):
 
     def read_picture(self, file: str) -> np.ndarray:
         """(H, W, 3) uint8, of the size that size_of wants."""
-        with VideoReader(file) as picture:
+        with Frame(file) as picture:
             rgb, = picture.pictures([0])
         self.first = self.first or (file, rgb.shape)
         if rgb.shape != self.first[1]:

@@ -277,8 +277,8 @@ def class_ids(labels: list, classes: list[str], paths: list[str], known: str) ->
     if without:
         raise ValueError(f"{len(without)} of {len(paths)} videos have no label, the first is "
                          f"{without[0]}; expected rows `path label` or one folder per class"
-                         + "; it is a folder of numbered pictures, which is one video (each picture "
-                           "by itself: --num_frames 1)" * os.path.isdir(without[0]))
+                         + "; it is a folder of numbered pictures, which is one video (for each "
+                           "picture by itself: --num_frames 1)" * os.path.isdir(without[0]))
     ids = {name: i for i, name in enumerate(classes)}
     new = {}
     for path, label in zip(paths, labels):
