@@ -105,9 +105,9 @@ def test_odd_frames_are_named():
         "gap": (lambda path: os.remove(path(4)), "img_00003.png is followed by img_00005.png"),
         "twice": (lambda path: shutil.copy(path(4), path(4).replace("000", "")),
                   "frame 4 is there twice"),
-        "series": (lambda path: shutil.copy(path(4), path(4).replace("img", "other")), "other_"),
+        "series": (lambda path: shutil.copy(path(4), path(4).replace("img", "other")), "holds other_00004.png"),
         "cover": (lambda path: shutil.copy(path(4), path(4).replace("img_00004", "cover")),
-                  "cover.png is no frame"),
+                  "holds cover.png"),
         "size": (lambda path: shutil.copy(os.path.join(wide, "img_00004.png"), path(4)),
                  "img_00004.png: is 80x24 pixels, img_00001.png 40x24"),
         "cut": (lambda path: os.truncate(path(4), 200), "img_00004.png: no frame could be"),
@@ -159,7 +159,7 @@ def test_folders_of_frames_or_of_pictures():
     shutil.copytree(clip, tmp("mixed/jump/same"))  # byte-identical, but for its notes
     open(tmp("mixed/jump/same/notes.txt"), "w").write("other")
     jump = lambda i: tmp(f"mixed/jump/clip1/img_0000{i}.png")
-    for a, b in ((1, 9), (2, 1), (9, 2)):  # as large as the others, in another order
+    for a, b in ((2, 9), (3, 2), (9, 3)):  # as large as the others, in another order
         os.rename(jump(a), jump(b))
     same = tools.copies(lists.read_videos(root)[0])
     assert [sorted(names(group)) for group in same] == [["jump/same", "wave/clip 2", "wave/clip1"]]
@@ -203,8 +203,9 @@ def test_stages_take_frame_folders():
     assert "frame_rate 30.0 -> 24.0" in text, text
     for out, init, length, kind in (("staged_clips", "staged_pre", 4, "8 videos"),
                                     ("staged_stills", "staged_vic", 1, "48 videos")):
-        call(finetune, *TUNE, "--init", tmp(init, "last.pt"), "--data", root, "--max_steps", 1,
-             "--num_frames", length, "--out_dir", tmp(out))
+        text = call(finetune, *TUNE, "--init", tmp(init, "last.pt"), "--data", root, "--max_steps",
+                    1, "--num_frames", length, "--out_dir", tmp(out))
+        assert f"{kind} of 2 classes" in text, text
         text = call(evaluate, "--ckpt", tmp(out, "last.pt"), "--data", root, *common,
                     "--num_segments", 1, "--num_crops", 1, "--out_dir", tmp(out))
         assert f"{kind} x 1 clips" in text, text

@@ -37,20 +37,19 @@ def are_frames(names: list[str]) -> bool:
 def frame_files(folder: str) -> list[str]:
     """The paths of a folder's pictures by their numbers; VideoError where one is odd or lacks."""
     try:
-        with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if entry.name[0] != "."
-                           and entry.name.lower().endswith(IMAGE_EXT))
+        names = sorted(name for name in os.listdir(folder)
+                       if name.lower().endswith(IMAGE_EXT) and name[0] != ".")
     except OSError as e:
         raise VideoError(f"{folder}: {e.strerror}") from None
-    found = [(name, NUMBERED.fullmatch(name)) for name in names]
-    for name, match in found:
-        if not match or match[1] != found[0][1][1]:
-            raise VideoError(f"{folder}: {name} is no frame of the video that {names[0]} is of: "
-                             "expected pictures whose names differ in a number before the ending")
     if not names:
         raise VideoError(f"{folder}: is a folder without pictures; expected a video file, or the "
                          "numbered pictures of one video")
-    ordered = sorted((int(match[2]), name) for name, match in found)
+    found = list(map(NUMBERED.fullmatch, names))
+    for name, match in zip(names, found):
+        if not match or match[1] != found[0][1]:
+            raise VideoError(f"{folder}: holds {name}: expected the pictures of one video, whose "
+                             "names differ in the number before the ending only")
+    ordered = sorted(zip(map(int, (match[2] for match in found)), names))
     for (a, first), (b, second) in itertools.pairwise(ordered):
         if b != a + 1:
             lack = f"frame {a + 1} is missing" if b > a else f"frame {a} is there twice"
