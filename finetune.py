@@ -165,11 +165,11 @@ def main():
     args = get_args()
     run = Run(args)
 
-    # ---- data; for clips of one frame a folder of numbered pictures is no video
+    # ---- data
     img_size = args.img_size and (args.img_size,) * 2
     shape = encoder_shape(args.init, size=args.size, num_frames=args.num_frames, img_size=img_size,
                           patch_size=args.patch_size, tubelet_size=args.tubelet_size)
-    folders = shape["num_frames"] > 1
+    folders = shape["num_frames"] > 1  # of numbered pictures: videos; for clips of one frame, not
     with_toy = "toy" in args.data + (args.val_data or [])
     if with_toy:
         run.once(toy.make_toy)

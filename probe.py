@@ -89,10 +89,14 @@ def main():
              for wd in args.probe_wd or [args.weight_decay]]
 
     # ---- data: all videos in one row, those to train on, to choose on, to test on
+    img_size = args.img_size and (args.img_size,) * 2
+    shape = encoder_shape(args.init, num_frames=args.num_frames, img_size=img_size,
+                          tubelet_size=args.tubelet_size)
+    folders = shape["num_frames"] > 1  # of numbered pictures: videos; for clips of one frame, not
     with_toy = "toy" in args.data + (args.val_data or [])
     if with_toy:
         run.once(toy.make_toy)
-    paths, names = run.videos(args.data, args.data_root, "toy/train", max_bad=args.max_bad)
+    paths, names = run.videos(args.data, args.data_root, "toy/train", None, args.max_bad, folders)
     classes = lists.class_names([name for name in names if name is not None])
     labels = lists.class_ids(names, classes, paths, "the training data")
     if len(classes) < 2:
@@ -102,7 +106,8 @@ def main():
         paths, labels = lists.first_of_each(paths, labels, args.per_class)
     val_paths, val_labels = [], []
     if args.val_data or with_toy:
-        val_paths, names = run.videos(args.val_data or ["toy"], args.data_root, "toy/val")
+        val_paths, names = run.videos(args.val_data or ["toy"], args.data_root, "toy/val",
+                                      folders=folders)
         val_labels = lists.class_ids(names, classes, val_paths, "the training data")
     aside = np.zeros(len(paths), bool)
     if len(pairs) > 1:
@@ -121,9 +126,6 @@ def main():
     run.plan(num_train, unit="videos")
 
     # ---- model
-    img_size = args.img_size and (args.img_size,) * 2
-    shape = encoder_shape(args.init, num_frames=args.num_frames, img_size=img_size,
-                          tubelet_size=args.tubelet_size)
     model = AttentiveClassifier(len(classes), len(pairs), **shape)
     saved = run.resume(model.config, classes, ("cache_gb",), dict(chosen=int, validated=int),
                        videos=lists.fingerprint(paths, labels))
