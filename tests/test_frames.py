@@ -12,7 +12,9 @@ import data
 import eval as evaluate
 import finetune
 import pretrain
+import pretrain_moco
 import pretrain_vicmae
+import probe
 from ava.files import find_movies
 from ava.movie import draw_movie, whole_frames
 from lib.views import TestVideos
@@ -22,6 +24,7 @@ from video import decode, frames, lists, pictures, prepared, tools
 
 def frame_folder(name, pattern="img_{:05d}.png", first=1, n=40, h=24, w=40):
     """A folder of the numbered frames as pictures, and of files that are none -> its path."""
+    frames.set_rate(25)  # whatever a script was told before
     os.makedirs(tmp(name))
     for i, picture in enumerate(numbered(n, h, w), first):
         pictures.write_png(tmp(name, pattern.format(i)), picture)
@@ -80,12 +83,9 @@ def test_frames_go_by_number():
     text = call(tools, "check", folder, "--frame_rate", 10, "--num_workers", 1, "--full")
     assert "1 of 1 videos are folders of numbered pictures, 10 a second" in text
     assert "frames per second: 10 (1)" in text and "12 frames; every" in text, text
-    try:
-        frames.set_rate(12.5)
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            assert pool.apply(frames.get_rate) == 12.5
-    finally:
-        frames.set_rate(25)
+    frames.set_rate(12.5)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(frames.get_rate) == 12.5
     out = tmp("rates")
     call(tools, "prepare", folder, out, "--frame_rate", 10, "--num_workers", 1)
     with prepared.open_video(f"{out}::{folder}") as video:
@@ -105,7 +105,8 @@ def test_odd_frames_are_named():
         "gap": (lambda path: os.remove(path(4)), "img_00003.png is followed by img_00005.png"),
         "twice": (lambda path: shutil.copy(path(4), path(4).replace("000", "")),
                   "frame 4 is there twice"),
-        "series": (lambda path: shutil.copy(path(4), path(4).replace("img", "other")), "holds other_00004.png"),
+        "series": (lambda path: shutil.copy(path(4), path(4).replace("img", "other")),
+                   "holds other_00004.png"),
         "cover": (lambda path: shutil.copy(path(4), path(4).replace("img_00004", "cover")),
                   "holds cover.png"),
         "size": (lambda path: shutil.copy(os.path.join(wide, "img_00004.png"), path(4)),
@@ -191,12 +192,17 @@ def test_stages_take_frame_folders():
     common = ["--num_workers", 1, "--device", "cpu", "--dtype", "fp32"]
     tiny = "--size tiny --img_size 16 --patch_size 8 --batch_size 4 --max_steps 1".split()
     tiny += [*common, "--warmup_epochs", 0]
+    head = ["--proj_width", 32, "--proj_dim", 8]
     clips = "--num_frames 4 --sampling_rate 1 --frame_rate 30".split()
     text = call(pretrain, "--data", root, *tiny, *clips, "--out_dir", tmp("staged_pre"))
     assert says in text, text
-    text = call(pretrain_vicmae, "--data", root, "--images", root, *tiny, "--mask_ratio", 0.5,
-                "--out_dir", tmp("staged_vic"), "--vis_every", "never", "--frame_rate", 30)
+    text = call(pretrain_vicmae, "--data", root, "--images", root, *tiny, *head, "--mask_ratio",
+                0.5, "--out_dir", tmp("staged_vic"), "--vis_every", "never", "--frame_rate", 30)
     assert says in text and text.count("folders of numbered") == 1, text  # of --data alone
+    for stage, more in ((pretrain, []), (pretrain_moco, head)):
+        text = call(stage, "--data", root, *tiny, *more, "--num_frames", 1, "--tubelet_size", 1,
+                    "--out_dir", tmp(f"one_{stage.__name__}"))
+        assert "48 videos, tiny" in text, text
     text = mistake(finetune, "--data", tmp("staged/x"), *tiny, *clips, "--out_dir", tmp("no_run"))
     assert "have no label" in text and "--num_frames 1" in text, text
     text = mistake(pretrain, "--data", root, *tiny, *clips[:-1], 24, "--out_dir", tmp("staged_pre"))
@@ -205,6 +211,9 @@ def test_stages_take_frame_folders():
                                     ("staged_stills", "staged_vic", 1, "48 videos")):
         text = call(finetune, *TUNE, "--init", tmp(init, "last.pt"), "--data", root, "--max_steps",
                     1, "--num_frames", length, "--out_dir", tmp(out))
+        assert f"{kind} of 2 classes" in text, text
+        text = call(probe, "--init", tmp(init, "last.pt"), "--data", root, *common,
+                    "--batch_size", 4, "--max_steps", 1, "--out_dir", tmp(f"{out}_probe"))
         assert f"{kind} of 2 classes" in text, text
         text = call(evaluate, "--ckpt", tmp(out, "last.pt"), "--data", root, *common,
                     "--num_segments", 1, "--num_crops", 1, "--out_dir", tmp(out))
