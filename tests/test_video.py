@@ -505,11 +505,12 @@ def test_lists_overwrite_no_video():
     labelled = tmp("over_own.tsv")
     lists.write_list(labelled, [(path, "ab"[i % 2])
                                 for i, path in enumerate(lists.read_videos(folder)[0])])
-    for args in (["split", labelled, video, tmp("over_v.tsv")], ["split", labelled, tmp("over_v.tsv"), video],
+    other = tmp("over_v.tsv")
+    for args in (["split", labelled, video, other], ["split", labelled, other, video],
                  ["check", folder, "--write_good", video, "--num_workers", 1]):
         text = mistake(tools, *args)
         assert video in text and "a list to write" in text, text
-    assert open(video, "rb").read() == before and not os.path.exists(tmp("over_v.tsv"))
+    assert open(video, "rb").read() == before and not os.path.exists(other)
     text = mistake(tools, "split", labelled, tmp("over_t.tsv"), tmp("over_v.tsv"), "--folds", 10**6)
     assert "--folds 1000000" in text, text
     with open(tmp("tsn.txt"), "w") as f:
