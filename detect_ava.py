@@ -320,6 +320,8 @@ def main():
             index = torch.repeat_interleave(counts, output_size=len(boxes))  # (R,): their clips
             if any(args.color_jitter):
                 video = augment.hsv_shift(to_unit(video), shift)
+            for x in (boxes, index) if args.compile else ():  # as many as the clips have
+                torch._dynamo.maybe_mark_dynamic(x, 0)
             with run.autocast:
                 logits = net(video, boxes, index)  # (R, K)
             # every box counts alike, whatever rank or batch it is in; AdamW does not mind the scale

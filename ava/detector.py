@@ -22,15 +22,18 @@ def bin_weights(low, high, size: int, bins: int, aligned: bool) -> torch.Tensor:
     """Ends (R,) of RoIs in cells along one axis -> (R, bins, size): a cell's share in each bin.
 
     A bin has ceil(length / bins) sampling points at equal distances, each linear between two cells;
-    a point up to one cell outside is moved to the border, one further out counts as 0.
+    a point up to one cell outside is moved to the border, one further out counts as 0. They are no
+    more than an RoI within the frame has, and one for rounding; a longer RoI's lie further apart. A
+    number that depended on the RoIs would wait for the device and could not be compiled.
     """
     shift = 0.5 if aligned else 0.0
     low, length = low - shift, high - low
     length = length if aligned else length.clamp(min=1)
     # an aligned box without length has no points: all 0
-    wanted = (length / bins).ceil()[:, None, None]  # (R, 1, 1)
+    most = -(-size // bins) + 1
+    wanted = (length / bins).ceil().clamp(max=most)[:, None, None]  # (R, 1, 1)
     points = wanted.clamp(min=1)
-    i = torch.arange(int(points.max()) if len(points) else 1, device=low.device)
+    i = torch.arange(most, device=low.device)
     bin_start = torch.arange(bins, device=low.device)[:, None]
     place = bin_start + (i + 0.5) / points  # (R, bins, points), in bins
     y = low[:, None, None] + place * (length / bins)[:, None, None]
@@ -78,15 +81,19 @@ class Detector(Encoder):
         init_linears(self)
         self.cls_score.weight.data.mul_(0.001)
 
+    def fit(self, grid: tuple):
+        """Takes frames of this token grid: positions are resized per temporal slot."""
+        self.grid = grid
+        self.set_positions(self.config["pos_grid"])
+
     def forward(self, video, boxes, index):
         """Logits (R, num_classes) of boxes (R, 4) in pixels, of the clips index (R,).
 
         video (B, T, H, W, C) uint8 or float in [0,1], H and W multiples of the patch.
         """
         grid = tuple(n // c for n, c in zip(video.shape[1:4], self.cube))
-        if grid != self.grid:  # positions are resized per temporal slot
-            self.grid = grid
-            self.set_positions(self.config["pos_grid"])
+        if grid != self.grid:
+            self.fit(grid)
         x = self.norm(super().forward(video))  # (B, N, D)
         with torch.autocast(x.device.type, enabled=False):
             x = x.float().unflatten(1, self.grid).mean(1)  # (B, h, w, D)
@@ -162,7 +169,7 @@ def detect(run, model: Detector, videos: TestFrames, batch_size: int, progress=N
         videos, batch_size=None, sampler=mine, num_workers=run.num_workers,
         worker_init_fn=ignore_signals, pin_memory=run.device.type == "cuda",
         prefetch_factor=2 if run.num_workers else None)
-    probs, failed = {}, {}
+    probs, failed, grid = {}, {}, model.grid
     for done, (parts, bad) in enumerate(loader, 1):
         failed |= bad
         for group, pixels, where in parts:
@@ -182,6 +189,7 @@ def detect(run, model: Detector, videos: TestFrames, batch_size: int, progress=N
                 probs |= dict(zip(group[some], np.split(p, np.cumsum(counts)[:-1])))
         if progress and run.rank == 0:
             progress(done, len(mine))
+    model.fit(grid)  # training is compiled for its own
     for other_probs, other_failed in run.gather((probs, failed)):
         probs, failed = probs | other_probs, failed | other_failed
     return dict(sorted(probs.items())), dict(sorted(failed.items()))

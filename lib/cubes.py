@@ -10,6 +10,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+# einops has a table of the types that it has met; one that grows in a step has it compiled again
+for known in (torch.zeros(1), torch.nn.Parameter(torch.zeros(1))):
+    rearrange(known, "n -> n")
+
 
 # ---- position tables ----
 

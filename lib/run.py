@@ -193,7 +193,9 @@ class Run(Process):
         model.to(self.device)
         if self.saved:
             self.load(model)
-        self.net = torch.compile(model) if self.args.compile else model
+        self.net = model
+        if self.args.compile:  # once: a step that would be compiled in parts, or again, is an error
+            self.net = torch.compile(model, fullgraph=True, dynamic=False)
         if self.world > 1:
             ids = [self.local_rank] if self.device.type == "cuda" else None
             norms = torch.nn.modules.batchnorm._BatchNorm  # their buffers alone ever change

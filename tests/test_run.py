@@ -9,6 +9,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import unittest.mock
 
 import torch
@@ -322,6 +324,35 @@ def test_killed_and_resumed_is_bit_identical(script):
     steps = [row["step"] for row in log_rows(out) if "lr" in row]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert all("loss" in row for row in log_rows(out) if "lr" in row)
+
+
+COMPILED = """
+import functools, sys, torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from tests.common import call, module_of
+counter = CompileCounterWithBackend("aot_eager")  # the same kernels as without: equal results
+torch.compile = functools.partial(torch.compile, backend=counter)
+call(module_of(sys.argv[1]), *sys.argv[2:], "--compile")
+print("graphs:", counter.frame_count)
+"""
+
+
+@test_each(STAGES)
+def test_compiled_once(script):
+    """--compile: one graph without a break for 20 steps and the tests between; equal losses."""
+    out = tmp(f"compiled_{script}"), tmp(f"eager_{script}")
+    tested = "best.pt" in STAGES[script]["writes"]
+    more = ["--max_steps", 20, *STAGES[script]["plain"].split(), *["--eval_every", 2] * tested]
+    args, eager = (stage_args(script, folder, *more) for folder in out)
+    # in a process of its own: what earlier tests have met would not be met while tracing
+    command = [sys.executable, "-c", COMPILED, script, *map(str, args)]
+    text = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert text.stdout.endswith("graphs: 1\n"), (text.stdout, text.stderr[-3000:])
+    call(module_of(script), *eager)
+    pairs = list(zip(*map(log_rows, out), strict=True))
+    assert sum("lr" in a for a, _ in pairs) == 20
+    assert all(abs(a["loss"] - b["loss"]) < 1e-5 for a, b in pairs if "lr" in a)
+    assert tested == any("lr" not in a for a, _ in pairs[:-1])
 
 
 @test
