@@ -311,7 +311,7 @@ def main():
             if args.reprob or args.mixup or args.cutmix:  # dense work, on the device, in float
                 video = to_unit(video)
             if args.reprob:
-                video = augment.erase(video, boxes, model.config["mean"], model.config["std"])
+                video = augment.erase(video, boxes, model.mean[:3], model.std[:3])
             video, target = augment.mix(draw, video, label, len(classes), args.mixup, args.cutmix,
                                         args.switch_prob, args.smoothing)  # target (B, K)
             with run.autocast:

@@ -134,14 +134,14 @@ def load_detector(path: str, names: dict | None, norm: str | None = None):
 def pad_frames(video: torch.Tensor, patch: int, mean) -> torch.Tensor:
     """(B, T, H, W, C) -> float32 in [0,1], H and W padded to multiples of the patch.
 
-    Right and bottom get the mean colour, which normalisation makes 0. Frames that fit are returned
-    as they are.
+    Right and bottom get the mean colour (C,), which normalisation makes 0. Frames that fit are
+    returned as they are.
     """
     B, T, h, w, C = video.shape
     if h % patch == 0 and w % patch == 0:
         return video
     H, W = -(-h // patch) * patch, -(-w // patch) * patch
-    out = torch.tensor(mean, device=video.device).expand(B, T, H, W, C).clone()
+    out = mean.expand(B, T, H, W, C).clone()
     out[:, :, :h, :w] = to_unit(video)
     return out
 
@@ -178,7 +178,7 @@ def detect(run, model: Detector, videos: TestFrames, batch_size: int, progress=N
                 some = slice(start, start + batch_size)
                 frames = [videos.frames[i] for i in group[some]]
                 video = pixels[where[some].to(run.device)]  # (B, T, h, w, C)
-                video = pad_frames(video, model.cube[1], model.config["mean"])
+                video = pad_frames(video, model.cube[1], model.mean[:3])
                 boxes = enlarged(np.concatenate([f.boxes for f in frames]), *pixels.shape[1:3])
                 boxes = torch.from_numpy(boxes).float().to(run.device)
                 counts = [len(f.boxes) for f in frames]

@@ -337,7 +337,7 @@ class Run(Process):
         """
         values = [x.detach().float() for x in losses.values()]
         values = torch.stack([*values, values[0].new_full((), count)])
-        values = torch.where(torch.isfinite(values).all(), values, 0)
+        values = values.masked_fill(~torch.isfinite(values).all(), 0)
         self.sums = values if self.sums is None else self.sums + values  # on the device
         self.names = list(losses)
 

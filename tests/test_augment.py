@@ -145,7 +145,7 @@ def test_random_resized_crop_and_erasing():
     video = torch.full((2, 3, 40, 50, 3), 0.25)
     torch.manual_seed(0)
     boxes = torch.tensor([[0, 0, 0, 0], [5, 10, 30, 20]])
-    out = augment.erase(video, boxes, (0.4, 0.5, 0.6), (0.2, 0.2, 0.1))
+    out = augment.erase(video, boxes, *torch.tensor([[0.4, 0.5, 0.6], [0.2, 0.2, 0.1]]))
     inside = torch.zeros(40, 50, dtype=torch.bool)
     inside[5:35, 10:30] = True
     assert torch.equal(out[0], video[0]) and (out[1, :, ~inside] == 0.25).all()

@@ -426,12 +426,12 @@ def test_detector_forward():
         # and back again
         assert torch.equal(model(video, boxes, index), got) and bigger.shape == got.shape
     small_video = torch.randint(0, 256, (1, 4, 30, 41, 3), dtype=torch.uint8)
-    padded = pad_frames(small_video, 8, model.config["mean"])
+    padded = pad_frames(small_video, 8, model.mean[:3])
     assert padded.shape == (1, 4, 32, 48, 3)
     assert torch.equal(padded[:, :, :30, :41], small_video / 255)
     normalised = (padded - torch.tensor(model.config["mean"])) / torch.tensor(model.config["std"])
     assert normalised[:, :, 30:].abs().max() == 0 == normalised[:, :, :, 41:].abs().max()
-    assert pad_frames(video, 8, model.config["mean"]) is video
+    assert pad_frames(video, 8, model.mean[:3]) is video
 
 
 @test

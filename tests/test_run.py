@@ -11,9 +11,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import traceback
 import unittest.mock
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import finetune
 import pretrain
@@ -22,7 +24,7 @@ import weights
 from lib.optim import load_optimizer, lr_at
 from lib.process import best_dtype, script_main
 from lib.run import Run
-from tests.common import (DETECT, HERE, PROBE, TUNE, as_script, ava_data, call, checkpoint,
+from tests.common import (DETECT, HERE, PROBE, TUNE, Skip, as_script, ava_data, call, checkpoint,
                           children, clips, difference, flags_of, kill_tree, labelled, log_rows,
                           mask_for, mistake, module_of, probe_data, raises, read, run, small, start,
                           test, test_each, tmp, toy_videos, tune_data)
@@ -353,6 +355,65 @@ def test_compiled_once(script):
     assert sum("lr" in a for a, _ in pairs) == 20
     assert all(abs(a["loss"] - b["loss"]) < 1e-5 for a, b in pairs if "lr" in a)
     assert tested == any("lr" not in a for a, _ in pairs[:-1])
+
+
+class Waits(TorchDispatchMode):
+    """Notes which lines would have the host wait for a GPU: a value read, a constant copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        waits = name in ("_local_scalar_dense", "lift_fresh", "nonzero", "masked_select", "_unique2")
+        waits |= name == "repeat_interleave" and kwargs.get("output_size") is None
+        if name in ("index", "index_put", "index_put_"):  # by a mask: its nonzero places
+            waits |= any(i is not None and i.dtype == torch.bool for i in args[1])
+        if waits or name == "where":
+            ours = [f for f in traceback.extract_stack() if f.filename.startswith(HERE)]
+            line = ours[-2].line
+            if name == "where":  # has a number copied; autograd's own makes it on the device
+                waits = "where(" in line and any(x.ndim == 0 for x in args[1:])
+            if waits and "stopping" not in line:  # the signal's number stays on the host
+                self.lines.add(f"{name}: {line}")
+        return func(*args, **kwargs)
+
+
+def watched(script, out, begin, end, *more):
+    """A run of the stage: begin() before each step and end() after its update, before its log."""
+    def steps(run):
+        for step in whole_steps(run):
+            begin()
+            yield step
+
+    def update(run, *args, **kwargs):
+        whole_update(run, *args, **kwargs)
+        end()
+    whole_steps, whole_update = Run.steps, Run.update
+    if script == "pretrain.py":
+        more += "--decoder_mask_ratio", 0.5
+    with unittest.mock.patch.multiple(Run, steps=steps, update=update):
+        call(module_of(script), *stage_args(script, out, "--num_workers", 1, *more))
+
+
+@test_each(STAGES)
+def test_no_step_waits(script):
+    """Within a step nothing is read from the device, and no constant is built for it on the host."""
+    waits = Waits()
+    watched(script, tmp(f"waits_{script}"), waits.__enter__, lambda: waits.__exit__(None, None, None))
+    assert not waits.lines, waits.lines
+
+
+@test_each(STAGES)
+def test_no_step_waits_on_a_gpu(script):
+    """Within a step, masks, data, augmentation and update included, the host waits for no GPU."""
+    if not torch.cuda.is_available():
+        raise Skip("no GPU here")
+    mode = lambda name: lambda: torch.cuda.set_sync_debug_mode(name)
+    for dtype in ("bf16", "fp16"):
+        watched(script, tmp(f"gpu_{script}_{dtype}"), mode("error"), mode("default"),
+                "--device", "cuda", "--dtype", dtype)
 
 
 @test

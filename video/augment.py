@@ -253,7 +253,7 @@ def erase_box(rng, height: int, width: int, prob: float) -> list:
     return list(box or (0, 0, 0, 0))
 
 
-# ---- on the device, on batches: erasing, mixup, CutMix ----
+# ---- on the device, on batches: erasing, mixup, CutMix (torch.tensor would wait for a GPU) ----
 
 def inside(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """(B, 4) int top, left, h, w -> (B, 1, H, W, 1) bool."""
@@ -267,9 +267,8 @@ def inside(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def erase(video: torch.Tensor, boxes: torch.Tensor, mean, std) -> torch.Tensor:
     """(B, T, H, W, C) float in [0,1], boxes (B, 4) -> normal noise in the box, in all frames.
 
-    The noise has this mean and std (C values each).
+    The noise has this mean and std (tensors of C values each).
     """
-    mean, std = (torch.tensor(x, device=video.device) for x in (mean, std))
     noise = torch.randn_like(video) * std + mean
     return torch.where(inside(boxes, *video.shape[2:4]), noise, video)
 
@@ -288,7 +287,7 @@ def hsv_shift(video: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     hue = torch.where(value == r, (g - b) / safe, below_red) / 6
     saturation = (chroma / value.clamp(min=1e-12) + ds).clamp(0, 1)
     value = (value + dv).clamp(0, 1)
-    k = ((hue + dh) * 6 + torch.tensor([5.0, 3.0, 1.0], device=video.device)) % 6
+    k = ((hue + dh) * 6 + (5 - 2 * torch.arange(3, device=video.device))) % 6
     return value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -308,9 +307,10 @@ def mix(rng, video, labels, num_classes, mixup=0.8, cutmix=1.0, switch_prob=0.5,
     alpha = cutmix if use_cutmix else mixup
     lam = rng.beta(alpha, alpha)
     if use_cutmix:
-        box, lam = cutmix_box(rng, *video.shape[2:4], lam)
-        boxes = torch.tensor([box], device=video.device)
-        video = torch.where(inside(boxes, *video.shape[2:4]), video.flip(0), video)
+        (top, left, h, w), lam = cutmix_box(rng, *video.shape[2:4], lam)
+        box = (..., slice(top, top + h), slice(left, left + w), slice(None))
+        own, video = video, video.clone()
+        video[box] = own[box].flip(0)
     else:
         video = torch.lerp(video.flip(0), video, lam)
     return video, target * lam + target.flip(0) * (1 - lam)
