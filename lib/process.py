@@ -235,7 +235,8 @@ class Process:
         self.host_group = None
         if "RANK" in os.environ:
             nccl = self.device.type == "cuda" and not host_only
-            dist.init_process_group("nccl" if nccl else "gloo")
+            gpu = torch.device("cuda", self.local_rank) if nccl else None
+            dist.init_process_group("nccl" if nccl else "gloo", device_id=gpu)
             # agreeing on numbers of the host must not wait for the GPU
             self.host_group = dist.new_group(backend="gloo")
         self.say = print if self.rank == 0 and not quiet else lambda *a, **k: None

@@ -199,7 +199,8 @@ class Run(Process):
         if self.world > 1:
             ids = [self.local_rank] if self.device.type == "cuda" else None
             norms = torch.nn.modules.batchnorm._BatchNorm  # their buffers alone ever change
-            self.net = DistributedDataParallel(self.net, device_ids=ids)
+            self.net = DistributedDataParallel(self.net, device_ids=ids,
+                                               gradient_as_bucket_view=True)  # no second copy
             # as an argument torch 2.13 warns of it, 2.11 has no other
             self.net.broadcast_buffers = any(isinstance(m, norms) for m in model.modules())
         if sampler is None:
