@@ -5,6 +5,7 @@ import unittest.mock
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
 import lib.reconstruct as reconstruct_file
 import model as model_file
@@ -13,7 +14,7 @@ from lib.cubes import normalize_cubes, patchify, position_table, sincos_table, u
 from lib.optim import param_groups
 from lib.reconstruct import baselines, reconstruct
 from model import SIZES, VideoClassifier, VideoMAE, count_params
-from tests.common import clips, mask_for, raises, small, test
+from tests.common import Skip, clips, mask_for, raises, small, test
 
 
 # ---------------------------------------------------------------- lib/cubes.py
@@ -46,7 +47,18 @@ def test_patchify():
     assert torch.equal(unpatchify(cubes, (2, 2, 3), (2, 4, 4)), video)
 
 
-# ---------------------------------------------------------------- lib/cpu_attention.py
+# ---------------------------------------------------------------- attention, lib/cpu_attention.py
+
+@test
+def test_attention_on_a_gpu():
+    """In bf16 a GPU has cuDNN's attention where torch finds it fastest (Hopper), flash elsewhere."""
+    if not torch.cuda.is_available():
+        raise Skip("no GPU here")
+    q = torch.zeros(2, 3, 64, 64, device="cuda", dtype=torch.bfloat16)
+    hopper = torch.cuda.get_device_capability() in ((9, 0), (10, 0))
+    wanted = SDPBackend.CUDNN_ATTENTION if hopper else SDPBackend.FLASH_ATTENTION
+    assert torch._fused_sdp_choice(q, q, q) == wanted.value
+
 
 @test
 def test_headwise_attention():
