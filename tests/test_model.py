@@ -47,11 +47,11 @@ def test_patchify():
     assert torch.equal(unpatchify(cubes, (2, 2, 3), (2, 4, 4)), video)
 
 
-# ---------------------------------------------------------------- attention, lib/cpu_attention.py
+# ---------------------------------------------------------------- attention
 
 @test
 def test_attention_on_a_gpu():
-    """In bf16 a GPU has cuDNN's attention where torch finds it fastest (Hopper), flash elsewhere."""
+    """In bf16 a GPU has cuDNN's attention where torch prefers it (Hopper), flash elsewhere."""
     if not torch.cuda.is_available():
         raise Skip("no GPU here")
     q = torch.zeros(2, 3, 64, 64, device="cuda", dtype=torch.bfloat16)
