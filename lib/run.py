@@ -194,7 +194,7 @@ class Run(Process):
         if self.saved:
             self.load(model)
         self.net = model
-        if self.args.compile:  # once: a step that would be compiled in parts, or again, is an error
+        if self.args.compile:  # as one graph: what would come in parts is an error
             self.net = torch.compile(model, fullgraph=True, dynamic=False)
         if self.world > 1:
             ids = [self.local_rank] if self.device.type == "cuda" else None
