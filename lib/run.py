@@ -113,6 +113,8 @@ class Run(Process):
 
         loss_of_one(): the loss of one clip, from which the time of all steps is estimated.
         """
+        self.say(f"a model of size {size} on toy videos: --toy is a tiny model, for minutes; --data "
+                 "takes your own videos", flush=True)
         for _ in range(2):  # the second one's time counts
             start = time.time()
             with self.autocast:
@@ -123,8 +125,7 @@ class Run(Process):
             seconds = time.time() - start
         clips = self.total_steps * self.global_batch * self.clips_each
         left = datetime.timedelta(seconds=round(seconds * clips / self.world))
-        self.say(f"a model of size {size} on toy videos: {clips} clips take about {left} here; "
-                 "--toy is a tiny model, for minutes; --data takes your own videos", flush=True)
+        self.say(f"its {clips} clips take about {left} here", flush=True)
 
     def epoch(self, step: int) -> float:
         """Steps -> epochs."""

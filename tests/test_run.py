@@ -224,7 +224,8 @@ def test_what_a_run_says_first():
         assert ("the peak lr is low" in text and "--lr 0.0096" in text) == low, text
     run.say, run.net = lambda text, **_: said.append(text), model
     run.warn_of_toys("base", lambda: model(clips(model, 1), mask_for(model, 1))[0])
-    assert "size base" in said[0] and f"{2 * 800 * 64} clips take about" in said[0], said
+    assert "size base" in said[0] and "--toy" in said[0], said
+    assert f"{2 * 800 * 64} clips take about" in said[1], said
     assert all(p.grad is None for p in model.parameters())
 
 
