@@ -245,7 +245,7 @@ def main():
     run.plan(len(frames))
     if run.global_batch > len(frames):
         raise ValueError(f"{len(frames)} key frames are fewer than a batch of {run.world} rank(s) "
-                         f"x {args.batch_size} x {args.accum_steps} = {run.global_batch}: lower "
+                         f"x {args.batch_size} x {run.accum_steps} = {run.global_batch}: lower "
                          "--batch_size or --accum_steps")
     shares_loss = look_at(run, args, frames, val_frames, list(names.values()))
     crop = shape["img_size"]
@@ -327,7 +327,7 @@ def main():
             # every box counts alike, whatever rank or batch it is in; AdamW does not mind the scale
             loss = F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="none")
             loss = loss.mean(1).sum()
-            run.scaler.scale(loss / len(video) / args.accum_steps).backward()
+            run.scaler.scale(loss / len(video) / run.accum_steps).backward()
             run.add(len(boxes), loss=loss)
         run.update(args.clip_grad)
 
@@ -337,7 +337,7 @@ def main():
         if val_frames and due and not (run.stopping or run.failure):
             with run.paused():
                 validate()
-        if run.due(args.save_every):
+        if run.due_to_save():
             run.save(**state())
     if val_frames and run.done and not run.stopping:
         run.say(f"best mAP {100 * best:.2f} in {run.path('best.pt')}, "

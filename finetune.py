@@ -317,7 +317,7 @@ def main():
             with run.autocast:
                 logits = net(video)  # (B, K)
             loss = F.cross_entropy(logits.float(), target)
-            run.scaler.scale(loss / args.accum_steps).backward()
+            run.scaler.scale(loss / run.accum_steps).backward()
             run.add(loss=loss)
         run.update(args.clip_grad)
         if ema:
@@ -331,7 +331,7 @@ def main():
         if val_paths and due and not (run.stopping or run.failure):
             with run.paused():
                 validate()
-        if run.due(args.save_every):
+        if run.due_to_save():
             save()
     if run.done and val_paths and not run.stopping:
         run.say(f"best top-1 {best:.2f} in {args.out_dir}/best.pt, the last weights in "

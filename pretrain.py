@@ -170,7 +170,7 @@ def main():
                 decoder_mask = decoder_masks[rows]
             with run.autocast:
                 loss, _ = net(video, mask, decoder_mask, num_visible, num_decoded)
-            run.scaler.scale(loss / args.accum_steps).backward()
+            run.scaler.scale(loss / run.accum_steps).backward()
             run.add(loss=loss)
         run.update(args.clip_grad)
 
@@ -178,7 +178,7 @@ def main():
             zeros, visible_mean = reconstruct.baselines(model, video, mask)
             run.log("loss {loss:.4f} (zeros {zeros:.4f}, visible mean {visible_mean:.4f})",
                     zeros=zeros, visible_mean=visible_mean)
-        if run.due(args.save_every):
+        if run.due_to_save():
             run.save(model=model.state_dict(), config=model.config)
         if run.due(args.vis_every, at_stop=False) and run.rank == 0:
             run.say(reconstruct.draw(model, shown, args.mask_type, args.mask_ratio,

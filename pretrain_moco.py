@@ -155,7 +155,7 @@ def main():
             f"parameters, token grid {'x'.join(map(str, model.grid))}; {run.summary('videos')}")
     run.say(f"each clip's positive is among {keys} keys, chance level 4 x {args.temperature:g} x "
             f"ln({keys}) = {chance:.3f}"
-            + "; --accum_steps adds videos to a step, not negatives" * (args.accum_steps > 1))
+            + "; --accum_steps adds videos to a step, not negatives" * (run.accum_steps > 1))
 
     # ---- loop
     for step in run.steps():
@@ -167,14 +167,14 @@ def main():
         for _, views in run.batches():  # (B, 2, T, H, W, C) uint8
             with run.autocast:
                 loss, spread = net(views)
-            run.scaler.scale(loss / args.accum_steps).backward()
+            run.scaler.scale(loss / run.accum_steps).backward()
             run.add(loss=loss)
         run.update(args.clip_grad)
 
         if run.due(args.log_every):
             run.log("loss {loss:.4f} (chance {chance:.3f}) | spread {spread:.2f} | "
                     "momentum {momentum:.4f}", chance=chance, spread=spread, momentum=momentum)
-        if run.due(args.save_every):
+        if run.due_to_save():
             run.save(model=model.state_dict(), config=model.config)
     return run.end()
 

@@ -189,7 +189,7 @@ def main():
             f"a view visible; {run.summary('samples')}")
     run.say(f"each view is contrasted with {negatives} others, chance level "
             f"ln({negatives + 1}) = {chance:.3f}"
-            + "; --accum_steps adds samples to a step, not negatives" * (args.accum_steps > 1))
+            + "; --accum_steps adds samples to a step, not negatives" * (run.accum_steps > 1))
 
     # ---- loop
     for step in run.steps():
@@ -209,7 +209,7 @@ def main():
             with run.autocast:
                 rec, con, spread = net(views, mask, num_visible)
             loss = args.rec_weight * rec + con_weight * con
-            run.scaler.scale(loss / args.accum_steps).backward()
+            run.scaler.scale(loss / run.accum_steps).backward()
             run.add(rec=rec, con=con)
         run.update(args.clip_grad)
 
@@ -220,7 +220,7 @@ def main():
                     "(chance {chance:.3f}) x {con_weight:.3g} | spread {spread:.2f}",
                     loss=args.rec_weight * mean["rec"] + con_weight * mean["con"],
                     zeros=zeros, chance=chance, con_weight=con_weight, spread=spread)
-        if run.due(args.save_every):
+        if run.due_to_save():
             run.save(model=model.state_dict(), config=model.config)
         if run.due(args.vis_every, at_stop=False) and run.rank == 0:
             run.say(reconstruct.draw(model, shown, "tube", args.mask_ratio,

@@ -232,7 +232,7 @@ def main():
                     logits = net(x)  # (probes, B, K)
                 losses = torch.stack([F.cross_entropy(some.float(), label) for some in logits])
                 # the sum, so that each probe has the gradient that it would have alone
-                run.scaler.scale(losses.sum() / args.accum_steps).backward()
+                run.scaler.scale(losses.sum() / run.accum_steps).backward()
                 run.add(loss=losses.nanmean())  # one that has diverged hides no other
             run.update(args.clip_grad, apart=True)
 
@@ -242,7 +242,7 @@ def main():
             if known and due and not (run.stopping or run.failure):
                 with run.paused():
                     validate()
-            if run.due(args.save_every):
+            if run.due_to_save():
                 save()
     if run.done and known and not run.stopping:
         run.say(f"probe {chosen} in {args.out_dir}/best.pt, all in {run.checkpoint}")

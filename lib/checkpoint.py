@@ -1,6 +1,7 @@
 """Checkpoints and logs on disk: written whole or not at all, checked before they are used."""
 
 import argparse
+import copy
 import json
 import os
 import re
@@ -20,21 +21,35 @@ def write_whole(path: str, state: dict):
     os.replace(path + ".part", path)
 
 
-def load_torch(path: str):
+def host_copy(state):
+    """The same nested thing, its tensors copied to memory where no training step changes them."""
+    if torch.is_tensor(state):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        same = copy.copy(state)  # with what torch hangs on a state_dict
+        same.update((k, host_copy(v)) for k, v in state.items())
+        return same
+    return type(state)(map(host_copy, state)) if isinstance(state, (list, tuple)) else state
+
+
+def load_torch(path: str, mmap: bool = False):
     """What a file of torch.save holds, on the CPU; ValueError says what is wrong with it.
 
     Pickled code is not executed. torch stores a CRC-32 of each record and reads on over damage;
     zipfile compares them (3 GB/s). Files older than torch 1.6 have none, others may go without.
+    mmap: tensors are read from the file where they are used, for those that go to a GPU at once:
+    once the file is replaced on another node's disk, they can no longer be.
     """
     damaged = None
     try:
-        if zipfile.is_zipfile(path):
+        if zipped := zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
                 summed = any(record.CRC for record in file.infolist())
                 damaged = summed and file.testzip()
         if not damaged:
             with torch.serialization.safe_globals([argparse.Namespace]):  # released files' args
-                return torch.load(path, map_location="cpu", weights_only=True)
+                return torch.load(path, map_location="cpu", weights_only=True,
+                                  mmap=mmap and zipped)
     except OSError:
         raise
     except Exception as e:  # torch raises whatever the broken bytes lead to
@@ -47,14 +62,14 @@ def load_torch(path: str):
                      "take another copy of this file")
 
 
-def read_checkpoint(path: str, script: str, flags, parts={}) -> dict:
+def read_checkpoint(path: str, script: str, flags, parts={}, mmap: bool = False) -> dict:
     """The checkpoint of a script with these flags; ValueError says what is wrong with it.
 
     parts: {name: kind} of what it has to hold beside PARTS. A checkpoint may lack a flag that is
     newer than it, but none of its own may be unknown here: another script wrote it then.
     """
     try:
-        saved = load_torch(path)
+        saved = load_torch(path, mmap)
     except ValueError as e:
         raise ValueError(f"{e}; --no-resume moves it aside") from None
     saved, wanted = saved if isinstance(saved, dict) else {}, PARTS | parts

@@ -143,6 +143,8 @@ def run_flags(p: Parser, out_dir: str):
                    help="stop when more than this share of reads fails")
     g.add_argument("--log_every", default=10, type=count, help="steps")
     g.add_argument("--save_every", default=500, type=count, help="steps")
+    g.add_argument("--save_minutes", default=10, type=amount,
+                   help="save also when the last checkpoint is so old; 0: never")
     g.add_argument("--tensorboard", action=flag, default=False, help="also write event files")
     g.add_argument("--toy", action="store_true",
                    help="presets for minutes on two CPU cores; other flags still win")
@@ -160,6 +162,8 @@ def optim_flags(p: Parser, unit: str, *, batch_size: int, epochs: float, warmup_
     g.add_argument("--batch_size", default=batch_size, type=count,
                    help=f"{unit} per rank and accumulation step")
     g.add_argument("--accum_steps", default=1, type=count, help="batches per optimiser step")
+    g.add_argument("--global_batch", type=count,
+                   help=f"{unit} per optimiser step: sets accum_steps, on any number of ranks")
     g.add_argument("--epochs", default=epochs, type=positive)
     g.add_argument("--warmup_epochs", default=warmup_epochs, type=amount, help="less than --epochs")
     g.add_argument("--max_steps", type=count,

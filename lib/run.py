@@ -7,14 +7,14 @@ A stage's loop calls it and it calls nothing back: it knows no model, no loss an
     saved = run.resume(model.config, videos=...)    # this very run's checkpoint, or None
     net = run.start(model, optimizer, train_set)    # device, states, compile, DDP, loader, files
     for step in run.steps():
-        for place, batch in run.batches():          # accum_steps of them, on the device
+        for place, batch in run.batches():          # run.accum_steps of them, on the device
             ...
-            run.scaler.scale(loss / args.accum_steps).backward()
+            run.scaler.scale(loss / run.accum_steps).backward()
             run.add(loss=loss)
         run.update(args.clip_grad)
         if run.due(args.log_every):
             run.log("loss {loss:.4f}")
-        if run.due(args.save_every):
+        if run.due_to_save():
             run.save(model=model.state_dict(), config=model.config)
     return run.end()
 """
@@ -25,18 +25,21 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import resource
+import secrets
 import signal
 import sys
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from lib.checkpoint import read_checkpoint, read_rows, write_rows, write_whole
+from lib.checkpoint import host_copy, read_checkpoint, read_rows, write_rows, write_whole
 from lib.feed import Batches, Waiting, make_loader, send
 from lib.optim import guarded_step, load_optimizer
 from lib.process import Process
@@ -45,8 +48,8 @@ MAX_NONFINITE = 20  # steps in a row with a non-finite gradient before the run g
 
 # flags that may differ when a run goes on: where things lie, how often, by what means
 MAY_CHANGE = {
-    "out_dir", "resume", "num_workers", "log_every", "save_every", "vis_every", "eval_every",
-    "tensorboard", "max_bad", "toy", "hour", "device", "compile", "checkpointing", "batch_size",
+    "out_dir", "resume", "num_workers", "log_every", "save_every", "save_minutes",
+    "vis_every", "eval_every", "tensorboard", "max_bad", "toy", "hour", "device", "compile", "checkpointing", "batch_size",
     "accum_steps", "data", "data_root", "val_data", "images"}
 
 # what a run writes: moved aside when another one begins
@@ -74,10 +77,33 @@ class Run(Process):
         self.bad_file = self.path("bad_videos.txt")
         self.fused = self.device.type in ("cuda", "cpu")  # torch's optimisers have such kernels
         os.makedirs(args.out_dir, exist_ok=True)
+        self.one_folder()
 
     def path(self, name: str) -> str:
         """A file in out_dir."""
         return os.path.join(self.args.out_dir, name)
+
+    def one_folder(self, seconds: float = 10):
+        """ValueError, on all ranks, where a rank does not see in out_dir what rank 0 writes there.
+
+        A disk of a network may show it late, by so many seconds at most.
+        """
+        if self.world == 1:
+            return
+        name, until = f".rank0-{secrets.token_hex(8)}", time.monotonic() + seconds
+        if self.rank == 0:
+            open(self.path(name), "w").close()
+        path = self.path(self.gather(name)[0])
+        while not os.path.exists(path) and time.monotonic() < until:
+            time.sleep(0.1)
+        nodes = self.gather((os.path.exists(path), platform.node()))
+        blind = sorted({node for seen, node in nodes if not seen})
+        if self.rank == 0:
+            os.remove(path)
+        if blind:
+            raise ValueError(f"--out_dir {self.args.out_dir} is not the same folder on all nodes: "
+                             f"{', '.join(blind[:5])} cannot see what rank 0 writes there; "
+                             "expected one on a disk that all share")
 
     # ---- before the loop
 
@@ -89,7 +115,17 @@ class Run(Process):
         """
         args = self.args
         self.samples, self.clips_each, self.unit = samples, clips_each, unit
-        self.global_batch = args.batch_size * args.accum_steps * self.world
+        self.accum_steps, at_once = args.accum_steps, args.batch_size * self.world
+        if args.global_batch:
+            if args.accum_steps > 1:
+                raise ValueError(f"--accum_steps {args.accum_steps}: --global_batch sets it, leave "
+                                 "one of them out")
+            if args.global_batch % at_once:
+                raise ValueError(f"--global_batch {args.global_batch}: expected a multiple of "
+                                 f"--batch_size {args.batch_size} x {self.world} rank(s) = "
+                                 f"{at_once}")
+            self.accum_steps = args.global_batch // at_once
+        self.global_batch = at_once * self.accum_steps
         self.total_steps = args.max_steps or max(1, int(args.epochs * samples / self.global_batch))
         self.warmup_steps = int(self.total_steps * args.warmup_epochs / args.epochs)
         self.lr, self.min_lr = (x * self.global_batch / 256 for x in (args.lr, args.min_lr))
@@ -102,7 +138,7 @@ class Run(Process):
                    f"{self.global_batch} has {self.global_batch / 256:.3g} of it; small batches "
                    f"learnt at peaks of 3e-4 to 1.5e-3, which --lr "
                    f"{3e-4 * 256 / self.global_batch:.2g} would begin")
-        return (f"{self.world} rank(s) x {args.batch_size} {what} x {args.accum_steps} = batch "
+        return (f"{self.world} rank(s) x {args.batch_size} {what} x {self.accum_steps} = batch "
                 f"{self.global_batch}{f' (x {each} clips)' if each > 1 else ''}, "
                 f"{self.total_steps} steps = {self.epoch(self.total_steps):.1f} epochs, "
                 f"peak lr {self.lr:.2e}, {self.device.type} {self.dtype}, "
@@ -154,7 +190,8 @@ class Run(Process):
             raise ValueError(f"--resume: there is no {path}")
         if args.resume is False or not os.path.exists(path):
             return None
-        saved = read_checkpoint(path, self.script, {*vars(args), *self.facts}, parts)
+        saved = read_checkpoint(path, self.script, {*vars(args), *self.facts}, parts,
+                                mmap=self.device.type == "cuda")
         then = {k: saved["args"].get(k, args.defaults.get(k, v)) for k, v in self.facts.items()}
         self.changed = [f"{k} {then[k]} -> {v}" for k, v in self.facts.items() if then[k] != v]
         by_init = [k for k in ("pos_grid", "encoder_norm") if k in config]  # --init may set these
@@ -179,7 +216,7 @@ class Run(Process):
 
     def sampler(self, samples: int, batch_size: int) -> Batches:
         """This rank's batches out of so many samples, from where the run stands to its end."""
-        return Batches(samples, batch_size, self.args.accum_steps, self.rank, self.world,
+        return Batches(samples, batch_size, self.accum_steps, self.rank, self.world,
                        self.first_step, self.total_steps, self.args.seed)
 
     def start(self, model, optimizer, train_set, sampler=None):
@@ -219,7 +256,9 @@ class Run(Process):
         self.skipped, self.in_row = torch.zeros(2, device=self.device)  # non-finite steps
         self.generator = torch.Generator(device=self.device)
         self.reads = self.bad_reads = self.stopping = 0
-        self.advised = False
+        self.advised, self.overdue = False, 0
+        self.saved_at = time.monotonic()
+        self.writer, self.writing = ThreadPoolExecutor(1), None  # at exit python waits for it
         self.signals = signals = []  # a handler that held the run would keep its workers alive
         speaks = self.rank == 0
 
@@ -258,13 +297,11 @@ class Run(Process):
                              f"cannot change within a run; {ANEW}") from None
 
     def same_on_all_ranks(self):
-        """ValueError where ranks see different checkpoints."""
-        steps = torch.tensor([self.first_step, -self.first_step])
-        if self.world > 1:
-            dist.all_reduce(steps, dist.ReduceOp.MAX, group=self.host_group)
-        if steps.sum() != 0:
-            raise ValueError(f"not all ranks see the same {self.checkpoint}: --out_dir must be on "
-                             "a disk that all nodes share")
+        """ValueError where ranks see different checkpoints, as a disk's cache may be behind."""
+        steps = sorted(set(self.gather(self.first_step)))
+        if len(steps) > 1:
+            raise ValueError(f"{self.checkpoint}: some ranks see it at step {steps[0]}, others at "
+                             f"{steps[-1]}: the shared disk shows old files; start again")
 
     def take_over(self):
         """out_dir becomes this run's, on rank 0, once: when the first step was made.
@@ -300,22 +337,28 @@ class Run(Process):
         self.clock, self.logged = time.time(), self.step
         while self.step < self.total_steps and not self.stopping:
             step = self.step
-            torch.manual_seed(zlib.crc32(f"{self.args.seed} {step} {self.rank}".encode()))
+            self.seed(self.rank)
             self.generator.manual_seed(self.args.seed * 1_000_003 + step)
             yield step
             if self.step != step + 1:
                 raise RuntimeError("the loop has to call run.update() once in every step")
             if self.failure:
+                self.written()
                 raise ValueError(self.failure)
+
+    def seed(self, place: int):
+        """Seeds what torch draws in this step: on this rank, or for a place in its batch."""
+        torch.manual_seed(zlib.crc32(f"{self.args.seed} {self.step} {place}".encode()))
 
     def batches(self):
         """Yields (place, batch on the device) accum_steps times.
 
-        Place p holds the p-th batch_size samples of the global batch, on any number of ranks. DDP
-        averages the gradients in the backward pass of the last.
+        Place p holds the p-th batch_size samples of the global batch, on any number of ranks; with
+        --global_batch what torch draws (drop path) goes by it, too. DDP averages the gradients in
+        the backward pass of the last.
         """
         args = self.args
-        for micro in range(args.accum_steps):
+        for micro in range(self.accum_steps):
             with self.waiting:
                 batch, bad = next(self.stream)
             self.bad_new += bad
@@ -325,12 +368,15 @@ class Run(Process):
                 raise ValueError(f"10 reads in a row failed, the last: {bad[-1][1]}; `python "
                                  "data.py check` lists all")
             if self.world > 1:  # what DDP's no_sync() sets
-                self.net.require_backward_grad_sync = micro == args.accum_steps - 1
+                self.net.require_backward_grad_sync = micro == self.accum_steps - 1
             if torch.is_tensor(batch):
                 batch = send(batch, self.device)
             else:
                 batch = [send(x, self.device) for x in batch]
-            yield micro * self.world + self.rank, batch
+            place = micro * self.world + self.rank
+            if args.global_batch:
+                self.seed(place)
+            yield place, batch
 
     def add(self, count: int = 1, **losses: torch.Tensor):
         """Adds this batch's scalars to what the log shows the mean of, unless one is not finite.
@@ -347,7 +393,8 @@ class Run(Process):
         """The optimisers' step; left out, and counted, where a gradient is not finite.
 
         clip_grad: the largest gradient norm, 0 for any. apart: each optimiser's gradient is clipped
-        and looked at by itself, as if it trained alone. All ranks agree here whether to stop.
+        and looked at by itself, as if it trained alone. All ranks agree here whether to stop, and
+        by rank 0's clock whether to save.
         """
         parts = [[p for group in o.param_groups for p in group["params"] if p.grad is not None]
                  for o in self.optimizers]
@@ -371,10 +418,12 @@ class Run(Process):
             self.scaler.update()
         self.step += 1
         self.take_over()
-        stopping = torch.tensor(max(self.signals, default=0))
+        minutes = (time.monotonic() - self.saved_at) / 60
+        overdue = self.rank == 0 and 0 < self.args.save_minutes <= minutes
+        agreed = torch.tensor([max(self.signals, default=0), overdue])
         if self.world > 1:
-            dist.all_reduce(stopping, dist.ReduceOp.MAX, group=self.host_group)
-        self.stopping = int(stopping)
+            dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self.host_group)
+        self.stopping, self.overdue = agreed.tolist()
         while self.bad_new:
             self.note_bad(*self.bad_new.pop(0))
 
@@ -385,6 +434,10 @@ class Run(Process):
         """
         ends = self.step == self.total_steps or at_stop and (self.stopping or self.failure)
         return every is not None and bool(ends or every and self.step % every == 0)
+
+    def due_to_save(self) -> bool:
+        """Whether last.pt is to be written now: by --save_every, or by --save_minutes."""
+        return self.due(self.args.save_every) or bool(self.overdue)
 
     def means(self) -> dict:
         """What was added since the last log line: {name: mean over all ranks' batches, a float}."""
@@ -492,21 +545,35 @@ class Run(Process):
     def paused(self):
         """What is done inside does not count as training time in the log."""
         start = time.time()
+        self.written()  # no processes are forked while a thread writes
         yield
         self.clock += time.time() - start
 
     def write(self, name: str, **state):
-        """A checkpoint in out_dir, by rank 0: what the stage gives, and what tells of the run."""
+        """A checkpoint in out_dir, by rank 0: what the stage gives, and what tells of the run.
+
+        It is copied here and written in the background, one after the other: see written().
+        """
         if self.rank != 0:
             return
         self.take_over()
-        args = vars(self.args) | self.facts | dict(total_steps=self.total_steps)
+        args = vars(self.args) | self.facts | dict(accum_steps=self.accum_steps,
+                                                  total_steps=self.total_steps)
         about = dict(step=self.step, epoch=self.epoch(self.step), args=args, classes=None,
                      rng=dict(seed=self.args.seed))  # all draws follow from it, step and index
-        write_whole(self.path(name), about | state)
+        self.written()
+        state = host_copy(about | state)
+        self.writing = self.writer.submit(write_whole, self.path(name), state)
+
+    def written(self):
+        """Waits until what was to be written is; its error, if it had one, is raised here."""
+        if self.writing:
+            self.writing.result()
+            self.writing = None
 
     def save(self, **state):
         """last.pt: the same with the states of optimiser and scaler."""
+        self.saved_at = time.monotonic()
         states = [optimizer.state_dict() for optimizer in self.optimizers]
         self.write("last.pt", optimizer=states[0] if len(states) == 1 else states,
                    scaler=self.scaler.state_dict(), **state)
@@ -520,6 +587,7 @@ class Run(Process):
 
     def end(self) -> int:
         """Says how it ended and closes everything; -> exit status, 128 + the signal if stopped."""
+        self.written()
         stopped = self.stopping if self.step > self.first_step else 0
         if stopped:
             self.say(f"stopped by signal {stopped}; saved {self.checkpoint} at step {self.step}: "

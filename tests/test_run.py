@@ -4,6 +4,7 @@ import ast
 import contextlib
 import functools
 import os
+import platform
 import random
 import re
 import resource
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import traceback
 import unittest.mock
 
@@ -18,6 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import finetune
+import lib.run
 import pretrain
 import pretrain_moco
 import weights
@@ -298,6 +301,7 @@ def test_any_optimizer_skips_nonfinite_steps():
                 assert change == 0 if step == 1 else change > 0.01, (make, step, change)
                 assert int(stage.skipped) == (step > 0)
             stage.save(model=model.state_dict(), config={})
+            stage.end()
         state = checkpoint(out)
         tensors = [x for x in torch.utils._pytree.tree_leaves(state) if torch.is_tensor(x)]
         assert len(tensors) >= 2 and all(torch.isfinite(x).all() for x in tensors), make
@@ -449,6 +453,60 @@ def test_killed_and_resumed_on_two_ranks():
     text = run(script, *stage_args(script, out, *args, "--num_workers", 1), ranks=2)
     assert "resumed" in text and "step 6/6" in text, text
     assert_same(results(out), results(undisturbed), script)
+
+
+@test
+def test_half_the_ranks_at_the_same_global_batch():
+    """2 ranks are killed, one goes on: the weights of one all along, whatever is drawn."""
+    args = ["--batch_size", batch_size("finetune.py") // 2, "--global_batch",
+            batch_size("finetune.py")]
+    alone, out = tmp("alone"), copied(killed("finetune.py", 2), "half")
+    call(finetune, *stage_args("finetune.py", alone, *args))
+    text = call(finetune, *stage_args("finetune.py", out, *args))
+    assert "resumed" in text and "1 rank(s) x 2 videos x 2 = batch 4" in text, text
+    assert difference(checkpoint(alone)["model"], checkpoint(out)["model"]) < 1e-5
+    for more, words in ((["--global_batch", 5], ("--global_batch 5", "multiple of", "= 2")),
+                        (["--accum_steps", 2], ("--accum_steps 2", "--global_batch"))):
+        text = mistake(finetune, *stage_args("finetune.py", alone, *args, *more))
+        assert all(word in text for word in words), text
+
+
+@test
+def test_saved_by_time_and_in_the_background():
+    """A save per --save_minutes is what the model was, while training goes on; errors are told."""
+    out, found, write = tmp("minutes"), {}, lib.run.write_whole
+
+    def slow(path, state):
+        time.sleep(0.2)  # some steps
+        found[state["step"]] = state["model"]
+        write(path, state)
+    args = ["--save_minutes", 1e-3, "--max_steps", 40, "--log_every", 40, "--vis_every", "never"]
+    with unittest.mock.patch.object(lib.run, "write_whole", slow):
+        call(pretrain, *stage_args("pretrain.py", out, *args))
+    early = min(found)
+    assert early < 40 and max(found) == 40, [*found]
+    assert difference(found[40], checkpoint(out)["model"]) == 0
+    again = tmp("minutes_again")
+    with unittest.mock.patch.object(Run, "due_to_save", lambda run: run.step == early):
+        call(pretrain, *stage_args("pretrain.py", again, *args))
+    assert difference(found[early], checkpoint(again)["model"]) == 0
+    full = OSError(28, "No space left on device", "last.pt")
+    with unittest.mock.patch.object(lib.run, "write_whole", side_effect=full):
+        text = mistake(pretrain, *stage_args("pretrain.py", tmp("full"), *args))
+    assert "No space left" in text, text
+
+
+@test
+def test_out_dir_is_one_folder():
+    """A rank that does not see rank 0's file in out_dir is named at the start; none is left."""
+    stage = Run(pretrain.get_args(["--device", "cpu", "--out_dir", tmp("shared")]))
+    stage.world, stage.gather = 2, lambda thing: [thing, thing]
+    stage.one_folder()
+    stage.rank, others = 1, [".elsewhere"]  # its file
+    stage.gather = lambda thing: [*others, thing] if isinstance(thing, str) else [thing]
+    with raises(tmp("shared"), "not the same folder", platform.node()):
+        stage.one_folder(0.1)
+    assert not os.listdir(tmp("shared"))
 
 
 @test_each(STAGES)
