@@ -186,7 +186,8 @@ def main():
         val_paths, names = run.videos(args.val_data or ["toy"], args.data_root, "toy/val",
                                       folders=folders)
         val_labels = lists.class_ids(names, classes, val_paths, "the training data")
-    for line in lists.describe(classes, paths, labels, val_paths, val_labels):
+    told = lists.describe(classes, paths, labels, val_paths, val_labels)
+    for line in told if run.rank == 0 else ():
         run.say(line)
     sided = lists.sided(classes)
     if args.flip and sided:

@@ -115,10 +115,11 @@ def main():
     order = np.argsort(aside, kind="stable")  # those set aside last
     paths, labels = [paths[i] for i in order], [labels[i] for i in order]
     num_train = len(paths) - int(aside.sum())
-    all_paths, all_labels = paths + val_paths, np.array(labels + val_labels)
+    all_paths, all_labels = [*paths, *val_paths], np.array(labels + val_labels)
     ids = dict(choose=np.arange(num_train, len(paths)), val=np.arange(len(paths), len(all_paths)))
     shown = (val_paths, val_labels) if val_paths else (paths[num_train:], labels[num_train:])
-    for line in lists.describe(classes, paths[:num_train], labels[:num_train], *shown):
+    told = lists.describe(classes, paths[:num_train], labels[:num_train], *shown)
+    for line in told if run.rank == 0 else ():
         run.say(line)
     if len(pairs) > 1:
         run.say(f"{len(ids['choose'])} of the {len(paths)} training videos are set aside to choose "

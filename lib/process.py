@@ -123,7 +123,7 @@ def device_flags(p: Parser):
     g.add_argument("--dtype", choices=["bf16", "fp16", "fp32"],
                    help="(default: bf16 where the hardware has it)")
     g.add_argument("--num_workers", type=workers,
-                   help="decoding processes per rank (default: cores per rank, at most 10)")
+                   help="decoding processes per rank (default: cores per rank, at most 32)")
     g.add_argument("--frame_rate", default=25.0, type=positive,
                    help="frames per second of folders of numbered pictures")
     return g
@@ -249,7 +249,8 @@ class Process:
             known = hasattr(os, "sched_getaffinity")  # not on macOS
             cores = len(os.sched_getaffinity(0)) if known else os.cpu_count()
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            self.num_workers = min(10, max(1, cores // ranks_here))
+            # two batches wait per worker: with 32 of them 5 GB a rank, at 32 clips of 16x224x224
+            self.num_workers = min(32, max(1, cores // ranks_here))
         keep_memory()
 
     def once(self, function, *args, **kwargs):
@@ -259,7 +260,8 @@ class Process:
         self.barrier()
 
     def videos(self, sources: list, data_root: str, toy: str, outside: str | None = None,
-               max_bad: float = 1.0, folders: bool = True) -> tuple[list[str], list[str | None]]:
+               max_bad: float = 1.0,
+               folders: bool = True) -> tuple[lists.Paths, list[str | None]]:
         """lists.read_all; says which files do not exist, on rank 0 the first ten of them.
 
         ValueError, on all ranks, where they are more than max_bad of the files. The first rank of

@@ -49,8 +49,8 @@ MAX_NONFINITE = 20  # steps in a row with a non-finite gradient before the run g
 # flags that may differ when a run goes on: where things lie, how often, by what means
 MAY_CHANGE = {
     "out_dir", "resume", "num_workers", "log_every", "save_every", "save_minutes",
-    "vis_every", "eval_every", "tensorboard", "max_bad", "toy", "hour", "device", "compile", "checkpointing", "batch_size",
-    "accum_steps", "data", "data_root", "val_data", "images"}
+    "vis_every", "eval_every", "tensorboard", "max_bad", "toy", "hour", "device", "compile",
+    "checkpointing", "batch_size", "accum_steps", "data", "data_root", "val_data", "images"}
 
 # what a run writes: moved aside when another one begins
 OURS = r"last\.pt|best\.pt|log\.jsonl|bad_videos|vis_|events|detections\.csv"

@@ -205,6 +205,28 @@ def test_folders_and_lists():
 
 
 @test
+def test_paths():
+    """A block of paths reads as a list does, also what is no UTF-8; links lead to their files."""
+    texts = ["a b.mp4", "", "fünf/\udcff.mp4", "☃::x.mp4"]
+    paths = lists.Paths(iter(texts))
+    assert [*paths] == [paths[i] for i in range(4)] == paths[:] == texts and len(paths) == 4
+    assert paths[-1] == texts[-1] and paths[1:3] == texts[1:3] and not lists.Paths()
+    with contextlib.suppress(IndexError):
+        raise AssertionError(paths[4])
+    folder = tmp("real")
+    os.makedirs(os.path.join(folder, "in"))
+    open(os.path.join(folder, "in", "x.mp4"), "w").close()
+    os.symlink("x.mp4", os.path.join(folder, "in", "link.mp4"))
+    os.symlink("in", os.path.join(folder, "as"))
+    some = [os.path.join(folder, *names.split()) for names in (
+        "in x.mp4", "as x.mp4", "in link.mp4", "as link.mp4", "in .. in x.mp4", "in no.mp4")]
+    some += ["none/x.mp4", os.path.join(folder, "no", "x.mp4")]
+    assert [*lists.real_paths(some)] == [os.path.realpath(path) for path in some]
+    said = [*lists.describe(["a"], some[:5], [0] * 5, some[3:6], [0] * 3)]
+    assert said[-2].startswith("4 training") and said[-1].startswith("1 of the 3"), said
+
+
+@test
 def test_missing_files():
     """What exists() denies is found, links and pictures of a set too, by one listing per folder."""
     folder = tmp("many")

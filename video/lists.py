@@ -1,10 +1,15 @@
 """Lists, folders and prepared sets -> the paths and labels of videos; labels -> class ids."""
 
 import contextlib
+import functools
+import itertools
 import os
 import re
+import sys
 import zlib
+from array import array
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,6 +21,34 @@ VIDEO_EXT = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".m4v", "
              ".divx", ".y4m", ".m2v", ".m1v", ".f4v")
 HEADERS = ("path,label", "video,label", "path", "video")  # first rows of a list that name columns
 MEDIA = "|".join(re.escape(ending) for ending in VIDEO_EXT + IMAGE_EXT)  # a regular expression
+
+
+class Paths(Sequence):
+    """Strings in one block of bytes, which data workers share with the process that made them.
+
+    A list of str does not stay shared: who reads one counts a reference on its page. Indexing
+    gives a str, a slice a list.
+    """
+
+    def __init__(self, texts=()):
+        block, ends = bytearray(), array("q", [0])
+        for text in texts:
+            block += text.encode(errors="surrogatepass")  # a name that is no UTF-8
+            ends.append(len(block))
+        self.block, self.ends = bytes(block), np.frombuffer(ends, np.int64)
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        k = range(len(self))[i]  # IndexError where there is none
+        return self.block[self.ends[k]:self.ends[k + 1]].decode(errors="surrogatepass")
+
+    def __iter__(self):
+        for start, end in itertools.pairwise(memoryview(self.ends)):
+            yield self.block[start:end].decode(errors="surrogatepass")
 
 
 # ---- rows of a list ----
@@ -106,22 +139,26 @@ def read_videos(source: str, data_root: str = "",
     FOLDER::PATH. Relative paths of a list start at data_root; a row may name a frame folder.
     folders: as of read_folder. ValueError: nothing to read there.
     """
+    rows = [*read_rows(source, data_root, folders)]
+    return [path for path, _ in rows], [label for _, label in rows]
+
+
+def read_rows(source: str, data_root: str, folders: bool):
+    """-> what gives the (path, label) rows of read_videos."""
     if os.path.isdir(source) and prepared.is_prepared(source):
         source = os.path.normpath(source)
-        rows = [(f"{source}::{path}", label)
-                for path, label in prepared.read_index(source)["rows"]]
-    elif os.path.isdir(source):
-        rows = read_folder(source, folders)
-    elif prepared.in_set(source):
-        rows = [(source, None)]
-    elif not os.path.isfile(source):
+        return ((f"{source}::{path}", label)
+                for path, label in prepared.read_index(source)["rows"])
+    if os.path.isdir(source):
+        return read_folder(source, folders)
+    if prepared.in_set(source):
+        return [(source, None)]
+    if not os.path.isfile(source):
         raise ValueError(f"{source}: no such file or folder; expected a list file, a folder of "
                          "videos, or the word toy")
-    elif is_media(os.path.basename(source)):
-        rows = [(source, None)]
-    else:
-        rows = read_list(source, data_root)
-    return [path for path, _ in rows], [label for _, label in rows]
+    if is_media(os.path.basename(source)):
+        return [(source, None)]
+    return read_list(source, data_root)
 
 
 def is_media(name: str) -> bool:
@@ -156,66 +193,87 @@ def read_folder(source: str, folders: bool = True) -> list[tuple]:
     return rows
 
 
-def read_list(source: str, data_root: str) -> list[tuple]:
-    """A list file -> (path, label) rows; a header, empty lines and # comments are skipped."""
+def read_list(source: str, data_root: str):
+    """Yields a list file's (path, label) rows; a header, empty lines, # comments are skipped."""
+    count, first, there, numbers = 0, None, False, True
     try:
         with open(source, encoding="utf-8-sig") as f:
-            lines = f.read().split("\n")  # a name may hold what Unicode takes for a line's end
+            for i, line in enumerate(f, 1):
+                if row := parse_line(line.removesuffix("\n"), i, source):
+                    path, label = row
+                    if not prepared.in_set(path):
+                        path = os.path.join(data_root, path.rstrip("/"))
+                    count, first = count + 1, first or path
+                    numbers = numbers and re.fullmatch(r"\d+[\s,]+\d+", label or "")
+                    there = there or prepared.exists(path)
+                    yield path, label
     except UnicodeDecodeError as e:
         raise ValueError(f"{source}: not a text file ({e}); expected a list with a row "
                          "`path label` per video") from None
-    found = filter(None, (parse_line(line, i, source) for i, line in enumerate(lines, 1)))
-    rows = [(path if prepared.in_set(path) else os.path.join(data_root, path.rstrip("/")), label)
-            for path, label in found]
-    if not rows:
+    if not count:
         raise ValueError(f"{source}: an empty list")
-    if all(re.fullmatch(r"\d+[\s,]+\d+", label or "") for _, label in rows):
+    if numbers:
         raise ValueError(f"{source}: its rows hold two numbers behind the path, as those of other "
                          "projects do (path, frames, label); expected `path label`")
-    if not any(prepared.exists(path) for path, _ in rows):
-        raise ValueError(f"{source}: none of its {len(rows)} files exists, the first is "
-                         f"{rows[0][0]!r}; relative paths start at --data_root, or else at the "
-                         "current folder"
+    if not there:
+        raise ValueError(f"{source}: none of its {count} files exists, the first is {first!r}; "
+                         "relative paths start at --data_root, or else at the current folder"
                          + "; a path of unknown ending that holds spaces or commas goes in double "
-                           "quotes" * (not is_media(rows[0][0])))
-    return rows
+                           "quotes" * (not is_media(first)))
 
 
 def read_all(sources: list, data_root: str, toy: str, outside: str | None = None,
-             folders: bool = True) -> tuple[list[str], list[str | None]]:
+             folders: bool = True) -> tuple[Paths, list[str | None]]:
     """The videos of several sources, one after the other -> paths, labels; see read_videos.
 
     The word "toy" means the folder or list `toy`. outside: a folder whose videos are left out,
     such as a run's own out_dir.
     """
-    rows = []
-    for source in sources:
-        rows += zip(*read_videos(toy if source == "toy" else source, data_root, folders))
-    if outside is not None:
-        below = os.path.abspath(outside) + os.sep
-        rows = [row for row in rows if not os.path.abspath(row[0]).startswith(below)]
-        if not rows:
-            raise ValueError(f"no videos in {' '.join(sources)} outside --out_dir {outside}")
-    return [path for path, _ in rows], [label for _, label in rows]
+    below, labels = outside is not None and os.path.abspath(outside) + os.sep, []
+    inside = functools.cache(lambda folder: (os.path.abspath(folder) + os.sep).startswith(below))
+
+    def kept():
+        for source in sources:
+            source = toy if source == "toy" else source
+            for path, label in read_rows(source, data_root, folders):
+                if not (below and inside(os.path.dirname(path))):
+                    labels.append(label and sys.intern(label))  # one str for each
+                    yield path
+    paths = Paths(kept())
+    if not labels:
+        raise ValueError(f"no videos in {' '.join(sources)} outside --out_dir {outside}")
+    return paths, labels
 
 
-def missing(paths: list[str]) -> list[str]:
+def files_of(folder: str) -> set[str]:
+    """The names in a folder that are no links, by one listing, cheaper than to ask for each."""
+    with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
+        return {entry.name for entry in entries if not entry.is_symlink()}
+    return set()
+
+
+def missing(paths: Sequence[str]) -> list[str]:
     """The paths that lead nowhere, in their order.
 
-    A folder with many of them is listed once, which is cheaper than to ask for each; links, and
-    what a listing lacks (it may spell a name otherwise), are asked for.
+    A folder with many of them is listed once; links, and what a listing lacks (it may spell a name
+    otherwise), are asked for.
     """
-    folders, gone = {}, set()
+    many = Counter(map(os.path.dirname, paths))
+    names = {folder: files_of(folder) for folder, n in many.items() if n > 8}
+    listed = lambda path: os.path.basename(path) in names.get(os.path.dirname(path), ())
+    return [path for path in paths if not listed(path) and not prepared.exists(path)]
+
+
+def real_paths(paths):
+    """Yields os.path.realpath of each; a folder is looked up and listed once, links each."""
+    folders = {}
     for path in paths:
-        folders.setdefault(os.path.dirname(path), []).append(path)
-    for folder, inside in folders.items():
-        names = set()
-        if len(inside) > 8:
-            with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
-                names = {entry.name for entry in entries if not entry.is_symlink()}
-        gone.update(path for path in inside
-                    if os.path.basename(path) not in names and not prepared.exists(path))
-    return [path for path in paths if path in gone]
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder), files_of(folder), os.path.isdir(folder)
+        real, names, exists = folders[folder]
+        plain = name in names or not exists
+        yield os.path.join(real, name) if plain else os.path.realpath(path)
 
 
 def say_missing(count: int, some: list[str], total: int) -> str:
@@ -244,15 +302,17 @@ def refuse_pictures(paths: list[str], num_frames: int):
             "own: numbered pictures, with no other picture, video or folder beside them")
 
 
-def fingerprint(paths: list[str], labels: list | None = None) -> str:
+def fingerprint(paths: Sequence[str], labels: list | None = None) -> str:
     """The number of videos and a checksum of their names and labels: is it the same data set?
 
     A name is the last two parts of a path, so that the data may move.
     """
-    names = ["/".join(path.replace(os.sep, "/").split("/")[-2:]) for path in paths]
+    names, crc = ("/".join(path.replace(os.sep, "/").split("/")[-2:]) for path in paths), 0
     if labels is not None:
-        names = [f"{name} {label}" for name, label in zip(names, labels)]
-    return f"{len(paths)} ({zlib.crc32(chr(10).join(names).encode()):08x})"
+        names = (f"{name} {label}" for name, label in zip(names, labels))
+    for i, name in enumerate(names):
+        crc = zlib.crc32(f"{chr(10) * (i > 0)}{name}".encode(), crc)
+    return f"{len(paths)} ({crc:08x})"
 
 
 # ---- classes ----
@@ -326,12 +386,13 @@ def describe(classes: list[str], paths: list, labels: list[int], val_paths: list
         names = [f"{classes[i]} {videos[i]}" for i in videos.argsort(kind="stable")]
         names[3:-3] = ["..."] * (len(names) > 6)
         yield (f"the classes are imbalanced: {', '.join(names)}; read the per-class accuracy too")
-    twice = len(paths) - len({os.path.realpath(path) for path in paths})
+    # of files their hashes: two of 5 million are the same by chance once in a million such lists
+    hashes = lambda some: np.unique(np.fromiter(map(hash, real_paths(some)), np.int64))
+    twice = len(paths) - len(hashes(paths))
     if twice:
         yield (f"{twice} training videos are listed more than once; with different labels they "
                "contradict each other")
-    files, val_files = ({os.path.realpath(prepared.source_of(path)) for path in some}
-                        for some in (paths, val_paths))
-    if files & val_files:
-        yield (f"{len(files & val_files)} of the {len(val_paths)} validation videos are also "
-               "trained on: their accuracy says little")
+    files, val_files = (hashes(map(prepared.source_of, some)) for some in (paths, val_paths))
+    if both := len(np.intersect1d(files, val_files, assume_unique=True)):
+        yield (f"{both} of the {len(val_paths)} validation videos are also trained on: their "
+               "accuracy says little")
