@@ -165,7 +165,7 @@ def main():
                    **image_parts(args.init, num_frames=1, tubelet_size=1))
     num_tokens = math.prod(model.grid)
     num_visible = num_tokens - masking.num_masked("tube", model.grid, args.mask_ratio)
-    print_of = lists.fingerprint(paths + images).split()[-1]
+    print_of = lists.fingerprint([*paths, *images]).split()[-1]
     saved = run.resume(model.config, may_change=["init"], image_fraction=image_fraction,
                        contrasted=args.batch_size * run.world,
                        videos=f"{len(paths)} + {len(images)} {print_of}")

@@ -258,10 +258,14 @@ def missing(paths: Sequence[str]) -> list[str]:
     A folder with many of them is listed once; links, and what a listing lacks (it may spell a name
     otherwise), are asked for.
     """
-    many = Counter(map(os.path.dirname, paths))
+    many = Counter(path[:path.rfind(os.sep) + 1] for path in paths)
     names = {folder: files_of(folder) for folder, n in many.items() if n > 8}
-    listed = lambda path: os.path.basename(path) in names.get(os.path.dirname(path), ())
-    return [path for path in paths if not listed(path) and not prepared.exists(path)]
+    gone = []
+    for path in paths:
+        cut = path.rfind(os.sep) + 1
+        if path[cut:] not in names.get(path[:cut], ()) and not prepared.exists(path):
+            gone.append(path)
+    return gone
 
 
 def real_paths(paths):
