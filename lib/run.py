@@ -573,10 +573,12 @@ class Run(Process):
 
     def save(self, **state):
         """last.pt: the same with the states of optimiser and scaler."""
-        self.saved_at = time.monotonic()
+        first, self.saved_at = not os.path.exists(self.checkpoint), time.monotonic()
         states = [optimizer.state_dict() for optimizer in self.optimizers]
         self.write("last.pt", optimizer=states[0] if len(states) == 1 else states,
                    scaler=self.scaler.state_dict(), **state)
+        if first:  # a disk that takes none is known at once
+            self.written()
 
     # ---- after it
 

@@ -143,6 +143,7 @@ def test_bad_videos_are_replaced_and_named():
 @test
 def test_what_was_read_can_be_written():
     """check and split write every name that they read from a list, or nothing of a list."""
+    read_list = lambda *args: [*lists.read_list(*args)]
     os.makedirs(tmp("odd names"))
     names = ["my clip", "x.mp4 y", ",a", "#c", "a\tb", " s ", "a.mp4\u2028.mkv", "plain"]
     for i, name in enumerate(names):
@@ -152,15 +153,15 @@ def test_what_was_read_can_be_written():
     source, good = tmp("odd.tsv"), tmp("good.tsv")
     with open(source, "w", encoding="utf-8") as f:
         f.writelines(f'"{name}" {label}\n' for name, label in rows)
-    assert lists.read_list(source, tmp("odd names")) == [(tmp("odd names", a), b) for a, b in rows]
+    assert read_list(source, tmp("odd names")) == [(tmp("odd names", a), b) for a, b in rows]
     lists.write_list(good, rows)  # bare names: what a row begins with
-    assert lists.read_list(good, tmp("odd names")) == [(tmp("odd names", a), b) for a, b in rows]
+    assert read_list(good, tmp("odd names")) == [(tmp("odd names", a), b) for a, b in rows]
     call(tools, "check", source, "--data_root", tmp("odd names"), "--write_good", good,
          "--num_workers", 1)
-    assert lists.read_list(good, "") == [(tmp("odd names", a), b) for a, b in rows]
+    assert read_list(good, "") == [(tmp("odd names", a), b) for a, b in rows]
     call(tools, "split", source, tmp("a.tsv"), tmp("b.tsv"), "--data_root", tmp("odd names"))
-    parts = [row for name in ("a.tsv", "b.tsv") for row in lists.read_list(tmp(name), "")]
-    assert sorted(parts) == sorted(lists.read_list(good, ""))
+    parts = [row for name in ("a.tsv", "b.tsv") for row in read_list(tmp(name), "")]
+    assert sorted(parts) == sorted(read_list(good, ""))
     before = open(good).read()
     with raises(good, "no\\nname.mp4", "nothing is written"):
         lists.write_list(good, [*rows, ("no\nname.mp4", None)])
@@ -168,7 +169,7 @@ def test_what_was_read_can_be_written():
     with open(source, "w") as f:
         f.write("my clip\n")
     with raises(source, "in double quotes"):
-        lists.read_list(source, tmp("odd names"))
+        read_list(source, tmp("odd names"))
 
 
 @test

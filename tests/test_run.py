@@ -483,7 +483,7 @@ def test_saved_by_time_and_in_the_background():
     args = ["--save_minutes", 1e-3, "--max_steps", 40, "--log_every", 40, "--vis_every", "never"]
     with unittest.mock.patch.object(lib.run, "write_whole", slow):
         call(pretrain, *stage_args("pretrain.py", out, *args))
-    early = min(found)
+    early = sorted(found)[1]  # the first is waited for
     assert early < 40 and max(found) == 40, [*found]
     assert difference(found[40], checkpoint(out)["model"]) == 0
     again = tmp("minutes_again")
