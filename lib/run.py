@@ -420,10 +420,10 @@ class Run(Process):
         self.take_over()
         minutes = (time.monotonic() - self.saved_at) / 60
         overdue = self.rank == 0 and 0 < self.args.save_minutes <= minutes
-        agreed = torch.tensor([max(self.signals, default=0), overdue])
+        stopping = torch.tensor([max(self.signals, default=0), overdue])
         if self.world > 1:
-            dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self.host_group)
-        self.stopping, self.overdue = agreed.tolist()
+            dist.all_reduce(stopping, dist.ReduceOp.MAX, group=self.host_group)
+        self.stopping, self.overdue = stopping.tolist()
         while self.bad_new:
             self.note_bad(*self.bad_new.pop(0))
 
