@@ -55,7 +55,8 @@ def curves(folders: list[str], path: str) -> list[str]:
                 ax.plot(*zip(*points), color=color, label=label, linewidth=1,
                         linestyle="--" if key in BASELINES else "-",
                         marker="o" if len(points) < 20 else None, markersize=3)
-                last[name].append(f"{key} {points[-1][1]:.4g}")
+                unit = " %" if factor == 100 else ""
+                last[name].append(f"{key} {points[-1][1]:.4g}{unit}")
         ax.set(title=title, xlabel="optimiser step")
         ax.grid(alpha=0.3)
         ax.legend(fontsize="small")

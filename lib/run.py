@@ -149,8 +149,8 @@ class Run(Process):
 
         loss_of_one(): the loss of one clip, from which the time of all steps is estimated.
         """
-        self.say(f"a model of size {size} on toy videos: --toy is a tiny model, for minutes; --data "
-                 "takes your own videos", flush=True)
+        self.say(f"a model of size {size} on toy videos: --toy is a tiny model, for minutes; "
+                 "--data takes your own videos", flush=True)
         for _ in range(2):  # the second one's time counts
             start = time.time()
             with self.autocast:

@@ -398,8 +398,8 @@ def test_curves_and_confusions():
         assert "pip install matplotlib" in mistake(evaluate, "--plot", *runs, "--out_dir", runs[0])
         raise Skip("needs matplotlib")
     said = call(evaluate, "--plot", *runs, "--out_dir", runs[0])
-    assert f"{runs[0]}: step 4, loss 0.25, zeros 0.9, waiting 25\n" in said
-    assert f"{runs[1]}: step 3, val_top1 40, waiting 50\n" in said
+    assert f"{runs[0]}: step 4, loss 0.25, zeros 0.9, waiting 25 %\n" in said
+    assert f"{runs[1]}: step 3, val_top1 40, waiting 50 %\n" in said
     picture = decode.VideoReader(os.path.join(runs[0], "curves.png")).frames([0])[0]
     assert picture.shape == (450, 1800, 3) and (picture != 255).any()  # 3 panels
     text = mistake(evaluate, "--plot", tmp("none"), "--out_dir", runs[0])

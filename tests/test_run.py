@@ -460,7 +460,7 @@ def test_half_the_ranks_at_the_same_global_batch():
     """2 ranks are killed, one goes on: the weights of one all along, whatever is drawn."""
     args = ["--batch_size", batch_size("finetune.py") // 2, "--global_batch",
             batch_size("finetune.py")]
-    alone, out = tmp("alone"), copied(killed("finetune.py", 2), "half")
+    alone, out = tmp("one_rank"), copied(killed("finetune.py", 2), "half")
     call(finetune, *stage_args("finetune.py", alone, *args))
     text = call(finetune, *stage_args("finetune.py", out, *args))
     assert "resumed" in text and "1 rank(s) x 2 videos x 2 = batch 4" in text, text

@@ -155,7 +155,7 @@ def read_rows(source: str, data_root: str, folders: bool):
         return [(source, None)]
     if not os.path.isfile(source):
         raise ValueError(f"{source}: no such file or folder; expected a list file, a folder of "
-                         "videos, or the word toy")
+                         "videos, a video, or the word toy")
     if is_media(os.path.basename(source)):
         return [(source, None)]
     return read_list(source, data_root)
