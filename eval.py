@@ -28,6 +28,7 @@ import torch
 
 import masking
 from lib import plot
+from lib.attentive import AttentiveClassifier
 from lib.features import (attention_rollout, features, heat, neighbours, ridge,
                           window_features)
 from lib.probe import joint
@@ -35,7 +36,7 @@ from lib.process import (Parser, Process, count, device_flags, folder, inner, po
                          random_seed, rate, script_main, whole)
 from lib.reconstruct import panels
 from lib.views import TestVideos, clip_settings, cut, run_views, say_scores, scores
-from model import AttentiveClassifier, VideoClassifier
+from model import VideoClassifier
 from video import lists, toy
 from video.decode import VideoError
 from video.pictures import strip, write_png, write_video

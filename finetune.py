@@ -32,7 +32,7 @@ from lib.process import (Parser, amount, count, fraction, optim_flags, portion, 
 from lib.run import Run
 from lib.views import TestVideos, run_views, say_scores, scores
 from model import SIZES, VideoClassifier, count_params
-from video import augment, lists, toy
+from video import augment, lists
 from weights import encoder_shape, load_pretrained
 
 
@@ -171,21 +171,7 @@ def main():
                           patch_size=args.patch_size, tubelet_size=args.tubelet_size)
     folders = shape["num_frames"] > 1  # of numbered pictures: videos; for clips of one frame, not
     with_toy = "toy" in args.data + (args.val_data or [])
-    if with_toy:
-        run.once(toy.make_toy)
-    paths, names = run.videos(args.data, args.data_root, "toy/train", None, args.max_bad, folders)
-    classes = lists.class_names([name for name in names if name is not None])
-    labels = lists.class_ids(names, classes, paths, "the training data")
-    if len(classes) < 2:
-        raise ValueError(f"{' '.join(args.data)}: one class only ({classes[0]}), expected 2 at "
-                         "least")
-    if args.per_class:
-        paths, labels = lists.first_of_each(paths, labels, args.per_class)
-    val_paths, val_labels = [], []
-    if args.val_data or with_toy:
-        val_paths, names = run.videos(args.val_data or ["toy"], args.data_root, "toy/val",
-                                      folders=folders)
-        val_labels = lists.class_ids(names, classes, val_paths, "the training data")
+    classes, paths, labels, val_paths, val_labels = run.labelled(args, folders)
     told = lists.describe(classes, paths, labels, val_paths, val_labels)
     for line in told if run.rank == 0 else ():
         run.say(line)

@@ -21,14 +21,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from lib.attentive import AttentiveClassifier
 from lib.optim import lr_at
 from lib.probe import FixedClips, set_aside
 from lib.process import (Parser, amount, count, inner, optim_flags, positive, rate, run_flags,
                          script_main)
 from lib.run import Run
 from lib.views import TestVideos, scores
-from model import AttentiveClassifier, count_params
-from video import lists, toy
+from model import count_params
+from video import lists
 from weights import encoder_shape, load_pretrained
 
 
@@ -93,22 +94,7 @@ def main():
     shape = encoder_shape(args.init, num_frames=args.num_frames, img_size=img_size,
                           tubelet_size=args.tubelet_size)
     folders = shape["num_frames"] > 1  # of numbered pictures: videos; for clips of one frame, not
-    with_toy = "toy" in args.data + (args.val_data or [])
-    if with_toy:
-        run.once(toy.make_toy)
-    paths, names = run.videos(args.data, args.data_root, "toy/train", None, args.max_bad, folders)
-    classes = lists.class_names([name for name in names if name is not None])
-    labels = lists.class_ids(names, classes, paths, "the training data")
-    if len(classes) < 2:
-        raise ValueError(f"{' '.join(args.data)}: one class only ({classes[0]}), expected 2 at "
-                         "least")
-    if args.per_class:
-        paths, labels = lists.first_of_each(paths, labels, args.per_class)
-    val_paths, val_labels = [], []
-    if args.val_data or with_toy:
-        val_paths, names = run.videos(args.val_data or ["toy"], args.data_root, "toy/val",
-                                      folders=folders)
-        val_labels = lists.class_ids(names, classes, val_paths, "the training data")
+    classes, paths, labels, val_paths, val_labels = run.labelled(args, folders)
     aside = np.zeros(len(paths), bool)
     if len(pairs) > 1:
         aside = set_aside(labels, args.choose_on, args.seed)

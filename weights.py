@@ -15,9 +15,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import repeat
 
+from lib.attentive import AttentiveClassifier
 from lib.checkpoint import load_torch
 from lib.cubes import resize_table
-from model import IMAGE_PARTS, SIZES, AttentiveClassifier, VideoClassifier, VideoMAE
+from model import IMAGE_PARTS, SIZES, VideoClassifier, VideoMAE
 
 FROM_HF = [(r"^videomae\.embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
            (r"^videomae\.encoder\.layer\.", "blocks."),

@@ -11,7 +11,7 @@ import traceback
 import torch
 import torch.distributed as dist
 
-from video import frames, lists
+from video import frames, lists, toy
 
 # ---- types of flags: a value out of range ends the program, which says what is allowed ----
 
@@ -279,6 +279,32 @@ class Process:
                              f"{max_bad:g}, the first: {some[0]}; `python data.py check SOURCE "
                              "--write_good good.tsv` makes a list without them")
         return paths, labels
+
+    def labelled(self, args, folders: bool = True) -> tuple:
+        """-> classes, paths, labels, val_paths, val_labels of args.data and args.val_data.
+
+        Toy videos come with their own val. The labels are places in `classes`, of training;
+        --per_class is obeyed. ValueError where there is one class only, or a label that training
+        does not have.
+        """
+        with_toy = "toy" in args.data + (args.val_data or [])
+        if with_toy:
+            self.once(toy.make_toy)
+        paths, names = self.videos(args.data, args.data_root, "toy/train", None, args.max_bad,
+                                   folders)
+        classes = lists.class_names([name for name in names if name is not None])
+        labels = lists.class_ids(names, classes, paths, "the training data")
+        if len(classes) < 2:
+            raise ValueError(f"{' '.join(args.data)}: one class only ({classes[0]}), expected 2 "
+                             "at least")
+        if args.per_class:
+            paths, labels = lists.first_of_each(paths, labels, args.per_class)
+        val_paths, val_labels = [], []
+        if args.val_data or with_toy:
+            val_paths, names = self.videos(args.val_data or ["toy"], args.data_root, "toy/val",
+                                           folders=folders)
+            val_labels = lists.class_ids(names, classes, val_paths, "the training data")
+        return classes, paths, labels, val_paths, val_labels
 
     def barrier(self):
         """Waits until all ranks are here."""

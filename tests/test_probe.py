@@ -11,9 +11,10 @@ import torch
 import finetune
 import probe
 import weights
+from lib.attentive import AttentiveClassifier, AttentiveProbe
 from lib.probe import set_aside
 from lib.views import TestVideos, cut
-from model import SIZES, AttentiveClassifier, AttentiveProbe, count_params
+from model import SIZES, count_params
 from tests.common import (PROBE, call, checkpoint, difference, labelled, log_rows, mistake,
                           pretrained, probe_data, saved, test, tmp)
 from tests.test_run import copied, killed, stage_args
