@@ -38,8 +38,9 @@ def test_what_is_trained():
         still = k.startswith(("patch_embed.", "blocks.0.", "blocks.1."))
         assert torch.equal(state[k], v) == still, k
     # with more frames than --init has, and a table of its own, which eval.py finds
-    new = ["--num_frames", 8, "--positions", "new", "--max_steps", 1]
+    new = ["--num_frames", 8, "--positions", "new", "--max_steps", 1, "--per_class", 2]
     text = run("finetune.py", *base, *new, "--out_dir", tmp("new"))
+    assert "6 videos of 3 classes" in text, text
     assert "made anew" in text and checkpoint(tmp("new"))["config"]["pos_grid"] == [4, 2, 2]
     model, _ = weights.build_model(tmp("new", "last.pt"), verbose=False)
     assert torch.equal(model.pos, position_table((4, 2, 2), 128, (4, 2, 2)))
