@@ -58,12 +58,13 @@ ROW = dict(task="pretrain", model="base", batch_size=4, num_frames=16, img_size=
 
 # ---- arithmetic ----
 
-def block_macs(n: int, dim: int, depth: int) -> int:
+def block_macs(n: int, dim: int, depth: int, ratio: float) -> int:
     """Multiply-adds of `depth` blocks on n tokens, as the paper counts.
 
-    Each 12nD^2 + 2n^2D, and 5nD per LayerNorm.
+    Each 4nD^2 + 2n^2D, those of the MLP (8nD^2 at ratio 4), and 5nD per LayerNorm.
     """
-    return depth * (12 * n * dim ** 2 + 2 * n ** 2 * dim + 10 * n * dim)
+    mlp = 2 * n * dim * int(ratio * dim)
+    return depth * (4 * n * dim ** 2 + mlp + 2 * n ** 2 * dim + 10 * n * dim)
 
 
 def forward_macs(model: torch.nn.Module, num_visible=None, num_decoded=None) -> int:
@@ -72,15 +73,15 @@ def forward_macs(model: torch.nn.Module, num_visible=None, num_decoded=None) -> 
     Of a classifier, or of a VideoMAE with so many visible and decoded tokens.
     """
     s, N, P = SIZES[model.config["size"]], math.prod(model.grid), 3 * math.prod(model.cube)
-    D, d = s["width"], model.config.get("dec_width")
+    D, d, ratio = s["width"], model.config.get("dec_width"), s["mlp_ratio"]
     if isinstance(model, VideoClassifier):
         tokens = N + bool(model.config.get("class_token"))
         head = D * model.head.out_features + 5 * D
-        return N * D * P + block_macs(tokens, D, s["depth"]) + head
+        return N * D * P + block_macs(tokens, D, s["depth"], ratio) + head
     n, M = num_visible, num_decoded
-    encoder = n * D * P + block_macs(n, D, s["depth"]) + 5 * n * D + n * D * d
+    encoder = n * D * P + block_macs(n, D, s["depth"], ratio) + 5 * n * D + n * D * d
     head = 5 * M * d + M * d * model.decoder.head.out_features
-    return encoder + block_macs(n + M, d, len(model.decoder.blocks)) + head
+    return encoder + block_macs(n + M, d, len(model.decoder.blocks), ratio) + head
 
 
 # ---- training steps ----
@@ -107,11 +108,12 @@ def hf_model(row: dict):
     s, finetune = SIZES[row["model"]], row["task"] == "finetune"
     config = VideoMAEConfig(
         hidden_size=s["width"], num_hidden_layers=s["depth"], num_attention_heads=s["heads"],
-        intermediate_size=4 * s["width"], decoder_hidden_size=s["dec_width"],
+        intermediate_size=int(s["mlp_ratio"] * s["width"]), decoder_hidden_size=s["dec_width"],
         decoder_num_hidden_layers=row["decoder_depth"] or s["dec_depth"],
         decoder_num_attention_heads=s["dec_heads"],
-        decoder_intermediate_size=4 * s["dec_width"], num_frames=row["num_frames"],
-        image_size=row["img_size"], num_labels=CLASSES, use_mean_pooling=finetune,
+        decoder_intermediate_size=int(s["mlp_ratio"] * s["dec_width"]),
+        num_frames=row["num_frames"], image_size=row["img_size"], patch_size=s["patch_size"],
+        num_labels=CLASSES, use_mean_pooling=finetune,
         attn_implementation="sdpa")
     return (VideoMAEForVideoClassification if finetune else VideoMAEForPreTraining)(config)
 
@@ -124,7 +126,8 @@ def training_step(row: dict, device: torch.device, autocast=contextlib.nullconte
     """
     torch.manual_seed(0)
     B, T, side = row["batch_size"], row["num_frames"], row["img_size"]
-    grid, finetune = (T // 2, side // 16, side // 16), row["task"] == "finetune"
+    patch, finetune = SIZES[row["model"]]["patch_size"], row["task"] == "finetune"
+    grid = T // 2, side // patch, side // patch
     fixed = torch.randint(0, 256, (B, T, side, side, 3), dtype=torch.uint8).to(device)
     mask = masking.make_mask("tube", B, grid, row["mask_ratio"]).to(device)
     labels = torch.randint(0, CLASSES, (B,)).to(device)

@@ -89,7 +89,8 @@ def get_args(argv=None):
                    help="with other frames or sides than --init's: resize its position table, or "
                         "make a new one, as the paper's code does")
     g.add_argument("--size", choices=list(SIZES), help="(default: --init's, else base)")
-    g.add_argument("--patch_size", type=count, help="pixels (default: --init's, else 16)")
+    g.add_argument("--patch_size", type=count,
+                   help="pixels (default: --init's, else 16, giant: 14)")
     g.add_argument("--tubelet_size", type=count,
                    help="frames per cube (default: --init's, else 2)")
     g.add_argument("--drop_path", default=0.1, type=fraction,

@@ -27,7 +27,11 @@ SIZES = {
     "base":  dict(width=768, depth=12, heads=12, dec_width=384, dec_depth=4, dec_heads=6),
     "large": dict(width=1024, depth=24, heads=16, dec_width=512, dec_depth=12, dec_heads=8),
     "huge":  dict(width=1280, depth=32, heads=16, dec_width=640, dec_depth=12, dec_heads=8),
+    # ViT-g/14 as VideoMAE v2 has it (arXiv 2303.16727); mlp_ratio is its decoder's, too
+    "giant": dict(width=1408, depth=40, heads=16, dec_width=512, dec_depth=4, dec_heads=8,
+                  mlp_ratio=48 / 11, patch_size=14),
 }
+SIZES = {name: dict(mlp_ratio=4, patch_size=16) | size for name, size in SIZES.items()}
 
 # what an encoder with weights of images may have besides
 IMAGE_PARTS = ("temporal_pos", "spatial_pos", "class_token")
@@ -62,12 +66,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, exact GELU, Linear, four times as wide inside."""
+    """Linear, exact GELU, Linear, `ratio` times as wide inside."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, ratio: float = 4):
         super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
+        self.fc1 = nn.Linear(dim, int(ratio * dim))
+        self.fc2 = nn.Linear(int(ratio * dim), dim)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
@@ -76,12 +80,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block; drop_path is the probability that a sample skips a branch."""
 
-    def __init__(self, dim: int, heads: int, drop_path: float = 0.0):
+    def __init__(self, dim: int, heads: int, drop_path: float = 0.0, mlp_ratio: float = 4):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim)
+        self.mlp = MLP(dim, mlp_ratio)
         self.drop_path = drop_path
 
     def skip(self, x):
@@ -120,18 +124,20 @@ class CubeEmbed(nn.Module):
 class Encoder(nn.Module):
     """ViT on cubes: a sequence of tokens, with no final norm.
 
-    img_size is a side or (H, W), pos_grid the token grid of the position table (default: own). For
+    img_size is a side or (H, W), patch_size by default that of the size (16 pixels, giant: 14),
+    pos_grid the token grid of the position table (default: own). For
     weights of images: temporal_pos adds a trainable row per temporal slot, zero at first, since
     their positions say nothing of time; spatial_pos is a trainable table (h * w, D) in place of the
     sin-cos one; class_token (its own position added) takes part in attention and is then dropped.
     """
 
-    def __init__(self, size="base", num_frames=16, img_size=224, patch_size=16, tubelet_size=2,
+    def __init__(self, size="base", num_frames=16, img_size=224, patch_size=None, tubelet_size=2,
                  drop_path=0.0, checkpointing=False, pos_grid=None, mean=IMAGENET_MEAN,
                  std=IMAGENET_STD, temporal_pos=False, spatial_pos=False, class_token=False):
         super().__init__()
         if size not in SIZES:
             raise ValueError(f"size={size!r}: expected one of {', '.join(SIZES)}")
+        patch_size = patch_size or SIZES[size]["patch_size"]
         H, W = (img_size, img_size) if isinstance(img_size, int) else img_size
         if num_frames < 1 or num_frames % tubelet_size:
             raise ValueError(f"num_frames={num_frames} must be a multiple of tubelet_size="
@@ -149,7 +155,8 @@ class Encoder(nn.Module):
         self.checkpointing = checkpointing
         self.patch_embed = CubeEmbed(D, self.cube)
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(D, heads, rate) for rate in rates)
+        ratio = SIZES[size]["mlp_ratio"]
+        self.blocks = nn.ModuleList(Block(D, heads, rate, ratio) for rate in rates)
         pixels = math.prod(self.cube)
         self.register_buffer("mean", torch.tensor(mean).repeat(pixels), persistent=False)  # (P,)
         self.register_buffer("std", torch.tensor(std).repeat(pixels), persistent=False)  # (P,)
@@ -214,9 +221,9 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Blocks on visible and mask tokens; norm and head see the last `num_out` tokens only."""
 
-    def __init__(self, dim: int, depth: int, heads: int, out_dim: int):
+    def __init__(self, dim: int, depth: int, heads: int, out_dim: int, mlp_ratio: float):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, heads, 0.0, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, out_dim)
 
@@ -241,7 +248,7 @@ class VideoMAE(nn.Module):
     forward then has 2*num_frames frames).
     """
 
-    def __init__(self, size="base", num_frames=16, img_size=224, patch_size=16, tubelet_size=2,
+    def __init__(self, size="base", num_frames=16, img_size=224, patch_size=None, tubelet_size=2,
                  dec_depth=None, norm_pix_loss=True, target="clip", checkpointing=False,
                  encoder_norm=True, pos_grid=None, dec_width=None, dec_heads=None,
                  joint_norm=False, **encoder):
@@ -260,9 +267,9 @@ class VideoMAE(nn.Module):
         self.encoder_to_decoder = nn.Linear(D, d, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, d))
         frames = {"clip": tubelet_size, "center": 1, "dense": 2 * tubelet_size}[target]
-        self.target_cube = (frames, patch_size, patch_size)
+        self.target_cube = (frames, *self.cube[1:])
         out_dim = 3 * math.prod(self.target_cube)  # values of a token that `targets` gives
-        self.decoder = Decoder(d, dec_depth, dec_heads, out_dim)
+        self.decoder = Decoder(d, dec_depth, dec_heads, out_dim, s["mlp_ratio"])
         self.config = self.encoder.config | dict(
             dec_depth=dec_depth, norm_pix_loss=norm_pix_loss, target=target,
             encoder_norm=encoder_norm, dec_width=d, dec_heads=dec_heads, joint_norm=joint_norm)

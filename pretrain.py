@@ -50,7 +50,7 @@ def get_args(argv=None):
                    help="clips from one decoded video; batch_size counts videos")
     g = p.add_argument_group("model")
     g.add_argument("--size", default="base", choices=list(SIZES))
-    g.add_argument("--patch_size", default=16, type=count, help="pixels")
+    g.add_argument("--patch_size", default=16, type=count, help="pixels (giant: 14)")
     g.add_argument("--tubelet_size", default=2, type=count, help="frames per cube")
     g.add_argument("--decoder_depth", type=few, help="blocks (default: the size's)")
     g.add_argument("--mask_type", default="tube", choices=["tube", "random", "frame"])
@@ -75,6 +75,7 @@ def get_args(argv=None):
     g.add_argument("--vis_every", default=2000, type=every,
                    help="steps between pictures; 0: only at the end; never")
     early = p.peek(argv)
+    p.preset(patch_size=SIZES[early.size]["patch_size"])
     length = None if early.epochs != p.get_default("epochs") else 1
     if early.hour == "cpu":  # two cores with bf16 units make 2,000 such steps in an hour
         p.preset(size="small", img_size=112, sampling_rate=2, mask_ratio=0.75, batch_size=8,

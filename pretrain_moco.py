@@ -46,7 +46,7 @@ def get_args(argv=None):
                    help="jitter, grey, blur, solarising beside crop and flip")
     g = p.add_argument_group("model")
     g.add_argument("--size", default="base", choices=list(SIZES))
-    g.add_argument("--patch_size", default=16, type=count, help="pixels")
+    g.add_argument("--patch_size", default=16, type=count, help="pixels (giant: 14)")
     g.add_argument("--tubelet_size", default=2, type=count, help="frames per cube")
     g.add_argument("--proj_width", default=4096, type=count, help="of the heads' hidden layers")
     g.add_argument("--proj_dim", default=256, type=count, help="of what is contrasted")
@@ -58,7 +58,9 @@ def get_args(argv=None):
     optim_flags(p, "videos", batch_size=32, epochs=300, warmup_epochs=40, lr=1.5e-4, min_lr=0.0,
                 weight_decay=0.1, beta2=0.95)
     run_flags(p, out_dir="out/moco")
-    if p.peek(argv).toy:
+    early = p.peek(argv)
+    p.preset(patch_size=SIZES[early.size]["patch_size"])
+    if early.toy:
         p.preset(data=["toy"], size="tiny", num_frames=4, sampling_rate=1, img_size=32,
                  patch_size=8, batch_size=64, proj_width=256, proj_dim=64, crop_area=[0.8, 1],
                  color=False, lr=1.2e-2, epochs=60, warmup_epochs=6, log_every=20)

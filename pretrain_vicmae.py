@@ -54,7 +54,7 @@ def get_args(argv=None):
                    help="videos too: jitter, grey, blur, solarising")
     g = p.add_argument_group("model")
     g.add_argument("--size", default="base", choices=list(SIZES))
-    g.add_argument("--patch_size", default=16, type=count, help="pixels")
+    g.add_argument("--patch_size", default=16, type=count, help="pixels (giant: 14)")
     g.add_argument("--decoder_depth", default=8, type=few, help="blocks")
     g.add_argument("--decoder_width", default=512, type=count, help="a multiple of the heads")
     g.add_argument("--decoder_heads", default=16, type=count)
@@ -79,7 +79,9 @@ def get_args(argv=None):
     g = run_flags(p, out_dir="out/vicmae")
     g.add_argument("--vis_every", default=2000, type=every,
                    help="steps between pictures; 0: only at the end; never")
-    if p.peek(argv).toy:
+    early = p.peek(argv)
+    p.preset(patch_size=SIZES[early.size]["patch_size"])
+    if early.toy:
         p.preset(data=["toy"], size="tiny", img_size=32, patch_size=8, batch_size=64,
                  decoder_depth=1, decoder_width=96, decoder_heads=3, proj_width=256, proj_dim=64,
                  gap_frames=8, mask_ratio=0.5, crop_area=[0.8, 1], lr=1.2e-2, con_weight=1.0,

@@ -70,7 +70,7 @@ def to_reference(state: dict) -> dict:
         if name.startswith(("videomae.", "decoder.decoder_layers.", "classifier.")):
             name = rename(name, FROM_HF)
         name = re.sub(r"^roi_heads\..*cls_score\.", "cls_score.", name)  # AlphAction's
-        out[re.sub(r"^(module\.)?(backbone\.|encoder\.)?", "", name)] = x.float()
+        out[re.sub(r"^(module\.|model\.)?(backbone\.|encoder\.)?", "", name)] = x.float()
     for name in [k for k in out if k.endswith(".query.weight")]:
         stem = name.removesuffix("query.weight")
         parts = [out.pop(f"{stem}{part}.weight") for part in ("query", "key", "value")]
@@ -208,14 +208,13 @@ def read_weights(path: str) -> tuple[dict, list, dict]:
             raise ValueError(f"{path}: holds neither {' nor '.join(HF_WEIGHTS)}")
         file = os.path.join(folder, found[0])
     state = load_file(file)
-    config, about, probe = {}, dict(classes=None, args={}), "probes.0."
+    config, grid, about, probe = {}, None, dict(classes=None, args={}), "probes.0."
     if isinstance(state.get("config"), dict):  # ours
         config, about["classes"] = state["config"], state.get("classes")
-        about["args"] = state.get("args") or {}
+        about["args"], grid = state.get("args") or {}, config.get("pos_grid")
         probe = f"probes.{state.get('chosen', 0)}."  # of several that were trained together
     for key in ("ema", "model", "module", "state_dict"):
         state = state[key] if isinstance(state.get(key), dict) else state
-    grid = config.get("pos_grid", (8, 14, 14))  # released files: 16 x 224 x 224
     described = os.path.exists(os.path.join(folder, "config.json"))
     if any(k.startswith("videomae.") for k in state) and described:
         config, grid, classes = read_hf_config(folder)
@@ -247,6 +246,9 @@ def read_weights(path: str) -> tuple[dict, list, dict]:
     if about["detector"] and not config:
         about |= dict(mean=DETECTION_MEAN, std=DETECTION_STD)
     about |= config
+    if grid is None:  # released files: that of 16 x 224 x 224
+        size = about["num_frames"], *about["img_size"]
+        grid = [n // c for n, c in zip(size, (about["tubelet_size"], patch, patch))]
     heads = SIZES[about["size"]]["heads"] if about["size"] else None
     if heads and about.get("heads", heads) != heads:
         raise ValueError(f"{path}: {about['heads']} heads at width {width}, expected {heads}")
@@ -263,7 +265,7 @@ def encoder_shape(init: str | None, **flags) -> dict:
     num_frames, img_size (H, W), patch_size, tubelet_size. Weights of images, which know no time,
     get a temporal table in a model of several temporal slots. ValueError names the file.
     """
-    shape = dict(size="base", num_frames=16, img_size=[224, 224], patch_size=16, tubelet_size=2)
+    shape = dict(size="base", num_frames=16, img_size=[224, 224], patch_size=None, tubelet_size=2)
     if init:
         _, grid, about = read_weights(init)
         parts = {k: about[k] for k in (*IMAGE_PARTS, "mean", "std") if about.get(k)}
@@ -272,6 +274,7 @@ def encoder_shape(init: str | None, **flags) -> dict:
     if shape["size"] is None:
         raise ValueError(f"{init}: a ViT of width {about['width']} and {about['depth']} blocks; "
                          f"expected one of {', '.join(SIZES)}")
+    shape["patch_size"] = shape["patch_size"] or SIZES[shape["size"]]["patch_size"]
     if init and grid[0] == 1 and shape["num_frames"] > shape["tubelet_size"]:
         shape["temporal_pos"] = True
     return shape | dict(img_size=tuple(shape["img_size"]))
@@ -479,13 +482,14 @@ def hf_config(c: dict, pretrain: bool) -> dict:
                   image_size=H if H == W else [H, W], patch_size=c["patch_size"],
                   num_frames=c["num_frames"], tubelet_size=c["tubelet_size"],
                   hidden_size=s["width"], num_hidden_layers=s["depth"],
-                  num_attention_heads=s["heads"], intermediate_size=4 * s["width"],
+                  num_attention_heads=s["heads"],
+                  intermediate_size=int(s["mlp_ratio"] * s["width"]),
                   layer_norm_eps=1e-6,
                   use_mean_pooling=not (pretrain and c["encoder_norm"]))
     if pretrain:
         return config | dict(decoder_hidden_size=c["dec_width"],
                              decoder_num_hidden_layers=c["dec_depth"],
                              decoder_num_attention_heads=c["dec_heads"],
-                             decoder_intermediate_size=4 * c["dec_width"],
+                             decoder_intermediate_size=int(s["mlp_ratio"] * c["dec_width"]),
                              norm_pix_loss=c["norm_pix_loss"])
     return config | dict(id2label={str(i): f"LABEL_{i}" for i in range(c["num_classes"])})

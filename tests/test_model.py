@@ -9,12 +9,16 @@ from torch.nn.attention import SDPBackend
 
 import lib.reconstruct as reconstruct_file
 import model as model_file
+import pretrain
+import pretrain_moco
+import pretrain_vicmae
 from lib.cpu_attention import HeadwiseAttention
 from lib.cubes import normalize_cubes, patchify, position_table, sincos_table, unpatchify
 from lib.optim import param_groups
 from lib.reconstruct import baselines, reconstruct
 from model import SIZES, VideoClassifier, VideoMAE, count_params
 from tests.common import Skip, clips, mask_for, raises, small, test
+from weights import encoder_shape
 
 
 # ---------------------------------------------------------------- lib/cubes.py
@@ -86,15 +90,36 @@ def test_headwise_attention():
 
 @test
 def test_published_parameter_counts():
-    """Parameters of all four sizes are the published ones."""
+    """Parameters of all sizes are the published ones, VideoMAE v2's 1,011 M without a head."""
     published = dict(small=(24029376, 22033936, 22264936), base=(94210944, 86534800, 86996200),
                      large=(342996992, 304270736, 304885736),
-                     huge=(692487296, 632119440, 632888040))
+                     huge=(692487296, 632119440, 632888040),
+                     giant=(1026306560, 1012174352, 1013019752))  # decoder: 4 blocks of 512
     with torch.device("meta"):
         for size, (pre, k400, k1000) in published.items():
             assert count_params(VideoMAE(size)) == pre, size
             assert count_params(VideoClassifier(400, size=size)) == k400, size
             assert count_params(VideoClassifier(1000, size=size)) == k1000, size
+        giant = VideoMAE("giant")
+        assert count_params(giant.encoder) == 1011610752
+    parts = giant.encoder, giant.decoder
+    assert [part.blocks[0].mlp.fc1.out_features for part in parts] == [6144, 2234]
+
+
+@test
+def test_patches_go_by_the_size():
+    """Patches are 14 pixels in a giant model, 16 in others; --patch_size and --toy still win."""
+    for module in (pretrain, pretrain_moco, pretrain_vicmae):
+        data = ["--data", "x"]
+        for flags, patch in (([], 16), (["--size", "giant"], 14), (["--size", "huge"], 16),
+                             (["--size", "giant", "--patch_size", "16"], 16), (["--toy"], 8)):
+            assert module.get_args(data + flags).patch_size == patch, (module, flags)
+    for size, patch in (("giant", 14), ("huge", 16)):
+        assert encoder_shape(None, size=size)["patch_size"] == patch
+        assert encoder_shape(None, size=size, patch_size=8)["patch_size"] == 8
+        with torch.device("meta"):
+            model = VideoClassifier(2, size=size)
+        assert model.grid == (8, 224 // patch, 224 // patch)
 
 
 def slow_blocks(blocks, x, heads):
@@ -290,8 +315,8 @@ def test_param_groups():
 @test
 def test_model_errors():
     """Impossible sizes are refused with what is allowed."""
-    with raises("giant", "tiny, small"):
-        VideoMAE("giant")
+    with raises("colossal", "tiny, small"):
+        VideoMAE("colossal")
     with raises("num_frames=15", "tubelet_size=2"):
         VideoMAE("tiny", num_frames=15)
     with raises("target='all'", "center"):

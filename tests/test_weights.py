@@ -44,6 +44,23 @@ def test_reference_layout():
 
 
 @test
+def test_layouts_of_videomae_v2():
+    """Patches of 14 pixels mean positions of 16x16; a hub's encoder without head, named model.*."""
+    source = VideoClassifier(3, size="tiny", patch_size=14)
+    state = source.state_dict()
+    released = saved("ft.pth", dict(module={k: v.half() for k, v in state.items()}))
+    model, _ = weights.build_model(released, verbose=False)
+    assert model.grid == (8, 16, 16) and model.config["pos_grid"] == [8, 16, 16]
+    assert torch.equal(model.pos, source.pos)
+    hub = saved("hub.bin", {f"model.{k}": v for k, v in state.items() if "head." not in k})
+    model = VideoClassifier(3, **weights.encoder_shape(hub))
+    report = weights.load_pretrained(model, hub, verbose=False)
+    assert not report["skipped"] and set(report["new"]) == {"head.weight", "head.bias"}
+    assert torch.equal(model.pos, source.pos)
+    assert torch.equal(model.blocks[3].mlp.fc2.weight, source.blocks[3].mlp.fc2.weight)
+
+
+@test
 def test_malicious_and_broken_files_are_refused():
     """A pickle that would run code is not run; what is no checkpoint is named."""
     class Evil:
