@@ -8,6 +8,7 @@
     python bench.py feed my_set/                      # training fed by a loader
     python bench.py eval my_videos/                   # a 5x3-view test, or a decode for each view
     python bench.py ddp                               # several ranks, against one process
+    python bench.py memory --model base huge          # a step's memory on a GPU, reckoned without
 
 What is compared with has to be installed (`pip install transformers`, `pip install decord pillow`);
 without it a row has no ratio. Utilisation is the model's arithmetic (multiply-adds of the forward
@@ -40,6 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import masking
 from lib.feed import Batches, make_loader, send
+from lib.memory import peak_of_step
 from lib.optim import param_groups
 from lib.process import Help, Process, count, few, script_main
 from lib.views import TestVideos, cut, view_indices
@@ -370,6 +372,20 @@ def bench_ddp(args):
               f"{rate[name] / rate['one process']:6.2f} x one")
 
 
+def bench_memory(args):
+    """Prints the memory that steps of each batch size take on a GPU (lib/memory.py)."""
+    print("GB of 2^30 bytes on a GPU, bf16 autocast, fp32 AdamW, fused attention; reckoned, not run")
+    print(f"{'':40s}" + "".join(f"batch {n:<6d}" for n in args.batch_size))
+    rows = itertools.product(args.model, ("pretrain", "finetune"), (False, True))
+    for model, task, checkpointing in rows:
+        about = f"{model}, {task}" + ", recomputed" * checkpointing
+        print(f"{about:40s}", end="")
+        for n in args.batch_size:
+            peak = peak_of_step(task, model, n, checkpointing, args.decoder_mask_ratio)
+            print(f"{peak / 2**30:<12.1f}", end="", flush=True)
+        print()
+
+
 # ---- data ----
 
 def usual_clip(path: str, rng):
@@ -611,7 +627,8 @@ BENCHES = {"step": (bench_step, "a pre-training step"),
            "prepare": (bench_prepare, "reading a clip from a prepared set"),
            "feed": (bench_feed, "training fed by a loader"),
            "eval": (bench_eval, "multi-view testing"),
-           "ddp": (bench_ddp, "several ranks")}
+           "ddp": (bench_ddp, "several ranks"),
+           "memory": (bench_memory, "a step's memory on a GPU, reckoned")}
 
 
 def get_args(argv=None) -> argparse.Namespace:
@@ -627,6 +644,13 @@ def get_args(argv=None) -> argparse.Namespace:
         if name in ("step", "finetune", "feed", "ddp"):
             p.add_argument("--model", default=["base"], nargs="+", choices=list(SIZES))
             p.add_argument("--batch_size", default=4, type=count, help="clips, per process")
+        if name == "memory":
+            p.add_argument("--model", default=list(SIZES)[1:], nargs="+", choices=list(SIZES))
+            p.add_argument("--batch_size", default=[8, 16, 32, 64], nargs="+", type=count,
+                           help="clips at a time, repeated views count")
+            p.add_argument("--decoder_mask_ratio", default=0.0, type=float,
+                           choices=[0, 0.25, 0.5, 0.75], help="of pre-training")
+            continue
         if name not in ("load", "prepare"):
             p.add_argument("--device", help="cuda, cpu or mps (default: the first there is)")
         if name in ("step", "finetune", "feed"):

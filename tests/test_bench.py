@@ -3,10 +3,12 @@
 import types
 
 import torch
+import torch.nn.functional as F
 
 import bench
 from bench import forward_macs
 from lib.cubes import split
+from lib.memory import peak_of_step
 from model import VideoClassifier, VideoMAE
 from tests.common import clips, mask_for, small, test
 
@@ -65,3 +67,26 @@ def test_bench_compares_like_with_like():
         macs = forward_macs(plain, 4, 4) if task == "pretrain" else forward_macs(plain)
         assert flops == 6 * 2 * macs
         assert step() > step() > 0
+
+
+@test
+def test_reckoned_memory():
+    """Reckoned is what a real step keeps: weights, AdamW's states, what autograd saves; no N x N."""
+    shape, kept = dict(num_frames=8, img_size=64, patch_size=8), {}
+    model = VideoClassifier(400, size="tiny", drop_path=0.1, **shape)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()  # and so alive
+        return x
+    video = torch.rand(8, 8, 64, 64, 3)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = F.cross_entropy(model(video), torch.rand(8, 400))
+    saved = sum(x.nbytes() for place, x in kept.items() if place not in own) + video.nbytes
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    reckon = lambda **kw: peak_of_step("finetune", "tiny", 8, **shape | kw)
+    fp32, bf16 = reckon(autocast=False), reckon()
+    assert 1 < fp32 / (3 * weights + saved) < 1.15, (fp32, weights, saved)
+    assert bf16 < 0.75 * fp32 and loss > 0
+    assert 4 * weights < reckon(checkpointing=True) < 0.6 * bf16
+    assert reckon(num_frames=16) < 2 * bf16
