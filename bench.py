@@ -374,7 +374,7 @@ def bench_ddp(args):
 
 def bench_memory(args):
     """Prints the memory that steps of each batch size take on a GPU (lib/memory.py)."""
-    print("GB of 2^30 bytes on a GPU, bf16 autocast, fp32 AdamW, fused attention; reckoned, not run")
+    print("reckoned, not run: GB of 2^30 bytes on a GPU, bf16, AdamW in fp32, fused attention")
     print(f"{'':40s}" + "".join(f"batch {n:<6d}" for n in args.batch_size))
     rows = itertools.product(args.model, ("pretrain", "finetune"), (False, True))
     for model, task, checkpointing in rows:

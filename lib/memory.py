@@ -1,4 +1,4 @@
-"""The memory of a training step on a GPU, reckoned without one: on meta tensors, which hold nothing.
+"""The memory of a training step on a GPU, reckoned without one: on tensors that hold nothing.
 
 Forward, backward and AdamW run as ever, but for the arithmetic. A storage counts from where an
 operator makes it to where Python and autograd let go of it.
@@ -70,7 +70,7 @@ def like_cuda(autocast: bool = True):
 
 def peak_of_step(task: str, size: str, batch_size: int, checkpointing: bool = False,
                  decoder_mask: float = 0.0, autocast: bool = True, **shape) -> int:
-    """Bytes at most in use in the second step of task "pretrain" or "finetune", AdamW's states fp32.
+    """Bytes at most in use in the second step of task "pretrain" or "finetune", with AdamW in fp32.
 
     What kernels take for themselves, CUDA's context and gaps of its allocator come on top. shape:
     more arguments of the model.

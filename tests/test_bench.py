@@ -71,7 +71,7 @@ def test_bench_compares_like_with_like():
 
 @test
 def test_reckoned_memory():
-    """Reckoned is what a real step keeps: weights, AdamW's states, what autograd saves; no N x N."""
+    """Reckoned is what a real step keeps: weights, states, what autograd saves; nothing N x N."""
     shape, kept = dict(num_frames=8, img_size=64, patch_size=8), {}
     model = VideoClassifier(400, size="tiny", drop_path=0.1, **shape)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
