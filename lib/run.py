@@ -107,11 +107,12 @@ class Run(Process):
 
     # ---- before the loop
 
-    def plan(self, samples: int, clips_each: int = 1, unit: str = "clips"):
+    def plan(self, samples: int, clips_each: int = 1, unit: str = "clips", whole: str = ""):
         """An epoch has so many samples: global_batch, total_steps, warmup_steps; lr, min_lr.
 
         The latter two are peak and floor at this global batch. clips_each and unit are for the
-        log: how many clips one sample gives, and what they are called.
+        log: how many clips one sample gives, and what they are called. whole: what the samples are
+        called, where an epoch has to fill a batch.
         """
         args = self.args
         self.samples, self.clips_each, self.unit = samples, clips_each, unit
@@ -126,6 +127,11 @@ class Run(Process):
                                  f"{at_once}")
             self.accum_steps = args.global_batch // at_once
         self.global_batch = at_once * self.accum_steps
+        if whole and samples < self.global_batch:
+            flags = "--global_batch" if args.global_batch else "--batch_size or --accum_steps"
+            raise ValueError(f"{samples} {whole} are fewer than a batch of {args.batch_size} x "
+                             f"{self.world} rank(s) x {self.accum_steps} = {self.global_batch}: "
+                             f"lower {flags}")
         self.total_steps = args.max_steps or max(1, int(args.epochs * samples / self.global_batch))
         self.warmup_steps = int(self.total_steps * args.warmup_epochs / args.epochs)
         self.lr, self.min_lr = (x * self.global_batch / 256 for x in (args.lr, args.min_lr))
