@@ -78,7 +78,8 @@ def get_args(argv=None):
                 weight_decay=0.05, beta2=0.95)
     g = run_flags(p, out_dir="out/vicmae")
     g.add_argument("--vis_every", default=2000, type=every,
-                   help="steps between pictures; 0: only at the end; never")
+                   help="steps between pictures, which also come with saves by time; 0: only at "
+                        "the end; never")
     if p.peek(argv).toy:
         p.preset(data=["toy"], size="tiny", img_size=32, patch_size=8, batch_size=64,
                  decoder_depth=1, decoder_width=96, decoder_heads=3, proj_width=256, proj_dim=64,
@@ -222,7 +223,7 @@ def main():
                     zeros=zeros, chance=chance, con_weight=con_weight, spread=spread)
         if run.due_to_save():
             run.save(model=model.state_dict(), config=model.config)
-        if run.due(args.vis_every, at_stop=False) and run.rank == 0:
+        if run.due(args.vis_every, at_stop=False, by_time=True) and run.rank == 0:
             run.say(reconstruct.draw(model, shown, "tube", args.mask_ratio,
                                      run.path(f"vis_{run.step:07d}.png"), run.device,
                                      run.autocast, count=8))

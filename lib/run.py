@@ -253,6 +253,7 @@ class Run(Process):
         self.same_on_all_ranks()
         self.saved, self.step = None, self.first_step
         self.owned, self.board, self.bad_seen, self.bad_new = False, None, set(), []
+        self.bad_files = set()  # since the start, as bad_reads
         if self.first_step:
             self.say(f"resumed {self.checkpoint} at step {self.first_step} of {self.total_steps}")
             if os.path.exists(self.bad_file):
@@ -433,17 +434,18 @@ class Run(Process):
         while self.bad_new:
             self.note_bad(*self.bad_new.pop(0))
 
-    def due(self, every: int | None, at_stop: bool = True) -> bool:
+    def due(self, every: int | None, at_stop: bool = True, by_time: bool = False) -> bool:
         """Whether what happens every so many steps does now; also at the end and when stopping.
 
-        every: 0, only then; None, never.
+        every: 0, only then; None, never. by_time: also with a save by --save_minutes.
         """
         ends = self.step == self.total_steps or at_stop and (self.stopping or self.failure)
-        return every is not None and bool(ends or every and self.step % every == 0)
+        now = every and (self.step % every == 0 or by_time and self.overdue)
+        return every is not None and bool(ends or now)
 
     def due_to_save(self) -> bool:
         """Whether last.pt is to be written now: by --save_every, or by --save_minutes."""
-        return self.due(self.args.save_every) or bool(self.overdue)
+        return self.due(self.args.save_every, by_time=True)
 
     def means(self) -> dict:
         """What was added since the last log line: {name: mean over all ranks' batches, a float}."""
@@ -480,7 +482,8 @@ class Run(Process):
         if row["skipped_steps"]:
             line.append(f"{row['skipped_steps']} non-finite steps skipped")
         if bad_reads:
-            line.append(f"{bad_reads} bad reads")
+            bad_files = len(set().union(*self.gather(self.bad_files)))
+            line.append(f"{bad_reads} bad reads of {bad_files} files")
         self.say(" | ".join(line), flush=True)
         if not self.advised and self.logged > self.first_step:  # the first line has the start in it
             self.advised = True
@@ -494,9 +497,9 @@ class Run(Process):
                              f"step {self.step}, lr {row['lr']:.2e}: lower --lr or use --clip_grad "
                              f"or --dtype fp32; {self.checkpoint} is as last saved")
         if reads >= 20 and bad_reads / reads > self.args.max_bad:
-            self.failure = (f"{bad_reads} of {reads} reads failed, more than --max_bad "
-                            f"{self.args.max_bad}: see {self.bad_file}; `python data.py check` "
-                            f"lists all. {self.checkpoint} is saved at step {self.step}")
+            self.failure = (f"{bad_reads} of {reads} reads failed ({bad_files} files), more than "
+                            f"--max_bad {self.args.max_bad}: see {self.bad_file}; `python data.py "
+                            f"check` lists all. {self.checkpoint} is saved at step {self.step}")
         self.sums = self.averages = None
         self.clock, self.logged = time.time(), self.step
 
@@ -542,6 +545,7 @@ class Run(Process):
 
     def note_bad(self, path: str, why: str):
         """Names a file that cannot be read in bad_videos.txt, once."""
+        self.bad_files.add(path)
         if path not in self.bad_seen:
             self.bad_seen.add(path)
             with open(self.bad_file, "a") as f:

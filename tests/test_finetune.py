@@ -62,7 +62,7 @@ def test_finetuning_mistakes():
             (["--data", single], ["one class only"]),
             (["--data", unlabelled], ["12 of 12", "no label"]),
             (["--batch_size", 13], ["12 videos", "= 13: lower --batch_size or --accum_steps"]),
-            (["--batch_size", 8, "--global_batch", 16], ["12 videos", "= 16: lower --global_batch"]),
+            (["--batch_size", 8, "--global_batch", 16], ["= 16: lower --global_batch"]),
             (["--linear_probe"], ["--init"]),
             (["--positions", "new"], ["--positions new", "--init"]),
             (["--rand_aug", 2, 11, 0], ["--rand_aug"]),
