@@ -237,16 +237,7 @@ class Run(Process):
         model.to(self.device)
         if self.saved:
             self.load(model)
-        self.net = model
-        if self.args.compile:  # as one graph: what would come in parts is an error
-            self.net = torch.compile(model, fullgraph=True, dynamic=False)
-        if self.world > 1:
-            ids = [self.local_rank] if self.device.type == "cuda" else None
-            norms = torch.nn.modules.batchnorm._BatchNorm  # their buffers alone ever change
-            self.net = DistributedDataParallel(self.net, device_ids=ids,
-                                               gradient_as_bucket_view=True)  # no second copy
-            # as an argument torch 2.13 warns of it, 2.11 has no other
-            self.net.broadcast_buffers = any(isinstance(m, norms) for m in model.modules())
+        self.net = wrap(model, self, self.args.compile)
         if sampler is None:
             sampler = self.sampler(self.samples, self.args.batch_size)
         self.loader = make_loader(train_set, sampler, self.num_workers, self.device)
@@ -612,6 +603,21 @@ class Run(Process):
         return 128 + stopped if stopped else 0
 
 
+def wrap(model, process: Process, compiled: bool):
+    """-> what a loop calls in the model's place: compiled if wanted, in DDP if there are ranks."""
+    net = model
+    if compiled:  # as one graph: what would come in parts is an error
+        net = torch.compile(model, fullgraph=True, dynamic=False)
+    if process.world > 1:
+        ids = [process.local_rank] if process.device.type == "cuda" else None
+        norms = torch.nn.modules.batchnorm._BatchNorm  # their buffers alone ever change
+        net = DistributedDataParallel(net, device_ids=ids,
+                                      gradient_as_bucket_view=True)  # no second copy
+        # as an argument torch 2.13 warns of it, 2.11 has no other
+        net.broadcast_buffers = any(isinstance(m, norms) for m in model.modules())
+    return net
+
+
 def import_tensorboard():
     """SummaryWriter, or a ValueError that says what to install."""
     try:
@@ -630,5 +636,9 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes in use so far: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
+    if os.path.exists("/proc/self/status"):  # ru_maxrss begins at what the parent had
+        with open("/proc/self/status") as f:
+            high = next(line for line in f if line.startswith("VmHWM"))
+        return int(high.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
