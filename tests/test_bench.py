@@ -89,7 +89,7 @@ def test_medians_of_rounds():
 
 @test
 def test_a_table_of_a_gpu():
-    """bench.py gpu: rows at the best batch that fits; what memory is short for, or fails, is said."""
+    """bench.py gpu: rows at the best batch that fits; what does not fit, or fails, is said."""
     def short(row, run):
         if row["batch_size"] > 2 or row["decoder_mask"]:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -99,9 +99,9 @@ def test_a_table_of_a_gpu():
         if form == "raw":
             raise ValueError("no room")
         return prepare(paths, folder, form, side)
-    make_step, prepare = bench.make_step, bench.prepare
-    compiled = functools.partial(torch.compile, backend="eager")
-    with (unittest.mock.patch.object(torch, "compile", compiled),
+    make_step, prepare, compiled = bench.make_step, bench.prepare, []
+    as_it_is = lambda model, **flags: compiled.append(flags) or model
+    with (unittest.mock.patch.object(torch, "compile", as_it_is),
           unittest.mock.patch.multiple(bench, make_step=short, prepare=fails),
           as_script(bench, *GPU) as out):
         assert bench.main() == 1
@@ -110,8 +110,9 @@ def test_a_table_of_a_gpu():
     for name, ratio in (("pretrain, eager", ""), ("pretrain, compiled", r"[\d.]+ x eager"),
                         ("test, eager", ""), ("finetune, compiled", r"[\d.]+ x eager")):
         assert re.search(f"^tiny {name}{row}{ratio}$", text, re.M), (name, text)
+    assert compiled == 3 * [dict(fullgraph=True, dynamic=False)], compiled  # as in training
     for beside in (" beside eager", ""):
-        assert re.search(rf"decoder mask .5 +[12] does not fit into the memory{beside}$", text, re.M)
+        assert re.search(rf"mask .5 +[12] does not fit into the memory{beside}$", text, re.M), text
     assert re.search(r"compiled, fed compact .* x a batch at hand, 1 workers$", text, re.M), text
     assert text.endswith("left out: tiny compiled, fed raw: ValueError: no room\n"), text
 
