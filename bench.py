@@ -198,10 +198,7 @@ def median_ratio(partner: list, own: list) -> float:
 
 
 def free(device: torch.device):
-    """Gives back the memory and compiled graphs of steps that are gone; peak_memory begins anew.
-
-    On a CPU it does so on Linux; elsewhere it is the most of all rows so far.
-    """
+    """Gives back what steps that are gone have held; peak_memory begins anew (on a CPU on Linux)."""
     torch.compiler.reset()  # one code compiled for many models would be too many
     gc.collect()
     if device.type == "cuda":
@@ -219,10 +216,7 @@ class Table(Process):
     """Prints rows that are measured one after the other, each in turn with its partner."""
 
     def __init__(self, args):
-        """Prints the conditions and the head; sheet, matmul: operations per second of this dtype.
-
-        sheet is None where the data sheet is not known here.
-        """
+        """Prints the conditions and the head; sheet (None: unknown), matmul: operations a second."""
         super().__init__(args)
         name, self.repeats = f"CPU, {torch.get_num_threads()} threads", args.repeats
         if self.device.type == "cuda":
@@ -328,7 +322,7 @@ class Table(Process):
             wait(self.device)
             fed.append((time.perf_counter() - start) / steps)
             ways = dict(step=lambda: [step() for _ in range(steps)])
-            at_hand.append(interleaved(ways, 1, self.device, warmup=0)["step"][0] / steps)
+            at_hand += [t / steps for t in interleaved(ways, 1, self.device, 0)["step"]]
         self.show(name, row["batch_size"], fed, flops, None, f"{median_ratio(at_hand, fed):.3f} x "
                   f"a batch at hand, {self.num_workers} workers")
 

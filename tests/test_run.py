@@ -476,6 +476,30 @@ def test_half_the_ranks_at_the_same_global_batch():
 
 
 @test
+def test_a_killed_rank_comes_back():
+    """SIGKILL of one of 2 ranks under --max_restarts: the weights of an undisturbed run."""
+    half = batch_size("finetune.py") // 2
+    args = ["--batch_size", half, "--global_batch", 2 * half, "--max_steps", 30, "--save_every", 2]
+    alone, out = tmp("undisturbed"), tmp("restarted")
+    call(finetune, *stage_args("finetune.py", alone, *args))
+    # as docs/clusters.md says; without it new ranks may find addresses of dead ones
+    with unittest.mock.patch.dict(os.environ, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"):
+        process = start("finetune.py", *stage_args("finetune.py", out, *args),
+                        ranks="2 --max_restarts 1")
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            os.kill(max(children(process.pid)), signal.SIGKILL)
+            break
+    try:
+        text = process.communicate(timeout=300)[0]
+    finally:
+        kill_tree(process.pid)
+    assert process.returncode == 0 and "resumed" in text and "step 30/30" in text, text
+    assert difference(checkpoint(alone)["model"], checkpoint(out)["model"]) < 1e-5
+    assert [row["step"] for row in log_rows(out) if "lr" in row] == [*range(1, 31)]
+
+
+@test
 def test_saved_by_time_and_in_the_background():
     """A save per --save_minutes is what the model was, while training goes on; errors are told."""
     out, found, write = tmp("minutes"), {}, lib.run.write_whole
