@@ -198,7 +198,7 @@ def median_ratio(partner: list, own: list) -> float:
 
 
 def free(device: torch.device):
-    """Gives back what steps that are gone have held; peak_memory begins anew (on a CPU on Linux)."""
+    """Gives back what steps that are gone held; peak_memory begins anew (on a CPU: on Linux)."""
     torch.compiler.reset()  # one code compiled for many models would be too many
     gc.collect()
     if device.type == "cuda":
@@ -216,7 +216,7 @@ class Table(Process):
     """Prints rows that are measured one after the other, each in turn with its partner."""
 
     def __init__(self, args):
-        """Prints the conditions and the head; sheet (None: unknown), matmul: operations a second."""
+        """Prints conditions and head; sheet (None: unknown) and matmul are operations a second."""
         super().__init__(args)
         name, self.repeats = f"CPU, {torch.get_num_threads()} threads", args.repeats
         if self.device.type == "cuda":

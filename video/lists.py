@@ -36,7 +36,7 @@ class Paths(Sequence):
         for text in texts:
             block += text.encode(errors="surrogatepass") + b"\0"  # a name that is no UTF-8
             ends.append(len(block))
-        self.block, self.ends = bytes(block), np.frombuffer(ends, np.int64)
+        self.block, self.ends = block, np.frombuffer(ends, np.int64)  # no copy
 
     def __len__(self):
         return len(self.ends) - 1
