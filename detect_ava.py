@@ -243,11 +243,7 @@ def main():
     run.say(f"training, {' '.join(train_files)}: {files.count_rows(train, excluded, class_ids)}")
     frames = with_movies(train, excluded, class_ids, data_root, "training",
                          "their key frames are left out", run.say)
-    run.plan(len(frames))
-    if run.global_batch > len(frames):
-        raise ValueError(f"{len(frames)} key frames are fewer than a batch of {run.world} rank(s) "
-                         f"x {args.batch_size} x {run.accum_steps} = {run.global_batch}: lower "
-                         "--batch_size or --accum_steps")
+    run.plan(len(frames), whole="key frames")
     shares_loss = look_at(run, args, frames, val_frames, list(names.values()))
     crop = shape["img_size"]
     if short_side < min(crop):

@@ -17,6 +17,7 @@ listed as failed and counted, never replaced.
 import argparse
 import csv
 import datetime
+import functools
 import json
 import math
 import os
@@ -448,6 +449,28 @@ def check_model(args, model, about) -> list[str] | None:
     return classes
 
 
+def read_files(run, args, name: str, sources: list, folders: bool) -> tuple:
+    """-> paths and labels of the videos that a flag names; see Process.videos.
+
+    Of several single files and folders one may be wrong: it is said, and stands for a video that
+    will fail. ValueError where all are.
+    """
+    read = functools.partial(run.videos, data_root=args.data_root, folders=folders,
+                             toy=f"toy/{'train' * (name == 'knn') or 'val'}")
+    if name not in SINGLE:
+        return read(sources)
+    paths, wrong = [], []
+    for source in sources:
+        try:
+            paths += read([source])[0]
+        except ValueError as e:
+            run.say(e)
+            wrong.append(source)
+    if len(wrong) == len(sources):
+        return read(sources)
+    return paths + wrong, None
+
+
 def main():
     args = get_args()
     mode = mode_of(args)
@@ -466,9 +489,8 @@ def main():
     sources = {name: some for name, some in sources.items() if some}
     if any("toy" in some for some in sources.values()):
         run.once(toy.make_toy, log=run.say)
-    read = lambda folders: {name: run.videos(
-        some, args.data_root, f"toy/{'train' * (name == 'knn') or 'val'}", folders=folders)
-        for name, some in sources.items()}
+    read = lambda folders: {name: read_files(run, args, name, some, folders)
+                            for name, some in sources.items()}
     files = read(args.num_frames != 1)
 
     # ---- model: weights, class names, and how its clips were sampled

@@ -180,10 +180,7 @@ def main():
     if args.flip and sided:
         run.say(f"--flip mirrors the clips, but {len(sided)} classes name a side ({sided[0]}): "
                 "--no-flip?")
-    run.plan(len(paths), args.repeat_aug)
-    if run.global_batch > len(paths):
-        raise ValueError(f"{len(paths)} videos are fewer than a batch of {run.global_batch}: lower "
-                         "--batch_size or --accum_steps")
+    run.plan(len(paths), args.repeat_aug, whole="videos")
 
     # ---- model: shaped as --init is where the flags do not say otherwise
     if args.init and shape["num_frames"] == 1 and not args.num_frames:

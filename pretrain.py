@@ -73,7 +73,8 @@ def get_args(argv=None):
                    help="presets for your own videos: at most an hour on two cores, or on one "
                         "GPU; other flags still win")
     g.add_argument("--vis_every", default=2000, type=every,
-                   help="steps between pictures; 0: only at the end; never")
+                   help="steps between pictures, which also come with saves by time; 0: only at "
+                        "the end; never")
     early = p.peek(argv)
     p.preset(patch_size=SIZES[early.size]["patch_size"])
     length = None if early.epochs != p.get_default("epochs") else 1
@@ -181,7 +182,7 @@ def main():
                     zeros=zeros, visible_mean=visible_mean)
         if run.due_to_save():
             run.save(model=model.state_dict(), config=model.config)
-        if run.due(args.vis_every, at_stop=False) and run.rank == 0:
+        if run.due(args.vis_every, at_stop=False, by_time=True) and run.rank == 0:
             run.say(reconstruct.draw(model, shown, args.mask_type, args.mask_ratio,
                                      run.path(f"vis_{run.step:07d}.png"), run.device,
                                      run.autocast))

@@ -78,7 +78,8 @@ def get_args(argv=None):
                 weight_decay=0.05, beta2=0.95)
     g = run_flags(p, out_dir="out/vicmae")
     g.add_argument("--vis_every", default=2000, type=every,
-                   help="steps between pictures; 0: only at the end; never")
+                   help="steps between pictures, which also come with saves by time; 0: only at "
+                        "the end; never")
     early = p.peek(argv)
     p.preset(patch_size=SIZES[early.size]["patch_size"])
     if early.toy:
@@ -224,7 +225,7 @@ def main():
                     zeros=zeros, chance=chance, con_weight=con_weight, spread=spread)
         if run.due_to_save():
             run.save(model=model.state_dict(), config=model.config)
-        if run.due(args.vis_every, at_stop=False) and run.rank == 0:
+        if run.due(args.vis_every, at_stop=False, by_time=True) and run.rank == 0:
             run.say(reconstruct.draw(model, shown, "tube", args.mask_ratio,
                                      run.path(f"vis_{run.step:07d}.png"), run.device,
                                      run.autocast, count=8))

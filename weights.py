@@ -386,8 +386,9 @@ def load_pretrained(model: nn.Module, path: str, verbose: bool = True,
     report["new"] = {k: report["skipped"].get(k, "not in the file") for k in new}
     model.set_positions(model.grid if positions == "new" else grid)
     if verbose:
-        print_report(report, path, f"positions made for token grid {tuple(grid)}, model has "
-                                   f"{model.grid}" + ", made anew" * (positions == "new"))
+        how = "of" if tuple(grid) == model.grid else f"resized from {tuple(grid)} to"
+        how = "made anew for" if positions == "new" else how
+        print_report(report, path, f"positions {how} token grid {model.grid}")
         lacks = beyond_hf(model) if isinstance(model, (VideoMAE, VideoClassifier)) else []
         if lacks and model.training:  # not where a file is only looked at
             print(f"  eval.py --export_hf will not take the result: {', '.join(lacks)}")

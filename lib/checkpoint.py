@@ -41,6 +41,8 @@ def load_torch(path: str, mmap: bool = False):
     once the file is replaced on another node's disk, they can no longer be.
     """
     damaged = None
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise ValueError(f"{path}: not a file, expected one of torch.save")
     try:
         if zipped := zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:

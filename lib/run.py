@@ -107,11 +107,12 @@ class Run(Process):
 
     # ---- before the loop
 
-    def plan(self, samples: int, clips_each: int = 1, unit: str = "clips"):
+    def plan(self, samples: int, clips_each: int = 1, unit: str = "clips", whole: str = ""):
         """An epoch has so many samples: global_batch, total_steps, warmup_steps; lr, min_lr.
 
         The latter two are peak and floor at this global batch. clips_each and unit are for the
-        log: how many clips one sample gives, and what they are called.
+        log: how many clips one sample gives, and what they are called. whole: what the samples are
+        called, where an epoch has to fill a batch.
         """
         args = self.args
         self.samples, self.clips_each, self.unit = samples, clips_each, unit
@@ -126,6 +127,11 @@ class Run(Process):
                                  f"{at_once}")
             self.accum_steps = args.global_batch // at_once
         self.global_batch = at_once * self.accum_steps
+        if whole and samples < self.global_batch:
+            flags = "--global_batch" if args.global_batch else "--batch_size or --accum_steps"
+            raise ValueError(f"{samples} {whole} are fewer than a batch of {args.batch_size} x "
+                             f"{self.world} rank(s) x {self.accum_steps} = {self.global_batch}: "
+                             f"lower {flags}")
         self.total_steps = args.max_steps or max(1, int(args.epochs * samples / self.global_batch))
         self.warmup_steps = int(self.total_steps * args.warmup_epochs / args.epochs)
         self.lr, self.min_lr = (x * self.global_batch / 256 for x in (args.lr, args.min_lr))
@@ -231,22 +237,14 @@ class Run(Process):
         model.to(self.device)
         if self.saved:
             self.load(model)
-        self.net = model
-        if self.args.compile:  # as one graph: what would come in parts is an error
-            self.net = torch.compile(model, fullgraph=True, dynamic=False)
-        if self.world > 1:
-            ids = [self.local_rank] if self.device.type == "cuda" else None
-            norms = torch.nn.modules.batchnorm._BatchNorm  # their buffers alone ever change
-            self.net = DistributedDataParallel(self.net, device_ids=ids,
-                                               gradient_as_bucket_view=True)  # no second copy
-            # as an argument torch 2.13 warns of it, 2.11 has no other
-            self.net.broadcast_buffers = any(isinstance(m, norms) for m in model.modules())
+        self.net = wrap(model, self, self.args.compile)
         if sampler is None:
             sampler = self.sampler(self.samples, self.args.batch_size)
         self.loader = make_loader(train_set, sampler, self.num_workers, self.device)
         self.same_on_all_ranks()
         self.saved, self.step = None, self.first_step
         self.owned, self.board, self.bad_seen, self.bad_new = False, None, set(), []
+        self.bad_files = set()  # since the start, as bad_reads
         if self.first_step:
             self.say(f"resumed {self.checkpoint} at step {self.first_step} of {self.total_steps}")
             if os.path.exists(self.bad_file):
@@ -427,17 +425,18 @@ class Run(Process):
         while self.bad_new:
             self.note_bad(*self.bad_new.pop(0))
 
-    def due(self, every: int | None, at_stop: bool = True) -> bool:
+    def due(self, every: int | None, at_stop: bool = True, by_time: bool = False) -> bool:
         """Whether what happens every so many steps does now; also at the end and when stopping.
 
-        every: 0, only then; None, never.
+        every: 0, only then; None, never. by_time: also with a save by --save_minutes.
         """
         ends = self.step == self.total_steps or at_stop and (self.stopping or self.failure)
-        return every is not None and bool(ends or every and self.step % every == 0)
+        now = every and (self.step % every == 0 or by_time and self.overdue)
+        return every is not None and bool(ends or now)
 
     def due_to_save(self) -> bool:
         """Whether last.pt is to be written now: by --save_every, or by --save_minutes."""
-        return self.due(self.args.save_every) or bool(self.overdue)
+        return self.due(self.args.save_every, by_time=True)
 
     def means(self) -> dict:
         """What was added since the last log line: {name: mean over all ranks' batches, a float}."""
@@ -474,7 +473,8 @@ class Run(Process):
         if row["skipped_steps"]:
             line.append(f"{row['skipped_steps']} non-finite steps skipped")
         if bad_reads:
-            line.append(f"{bad_reads} bad reads")
+            bad_files = len(set().union(*self.gather(self.bad_files)))
+            line.append(f"{bad_reads} bad reads of {bad_files} files")
         self.say(" | ".join(line), flush=True)
         if not self.advised and self.logged > self.first_step:  # the first line has the start in it
             self.advised = True
@@ -488,9 +488,9 @@ class Run(Process):
                              f"step {self.step}, lr {row['lr']:.2e}: lower --lr or use --clip_grad "
                              f"or --dtype fp32; {self.checkpoint} is as last saved")
         if reads >= 20 and bad_reads / reads > self.args.max_bad:
-            self.failure = (f"{bad_reads} of {reads} reads failed, more than --max_bad "
-                            f"{self.args.max_bad}: see {self.bad_file}; `python data.py check` "
-                            f"lists all. {self.checkpoint} is saved at step {self.step}")
+            self.failure = (f"{bad_reads} of {reads} reads failed ({bad_files} files), more than "
+                            f"--max_bad {self.args.max_bad}: see {self.bad_file}; `python data.py "
+                            f"check` lists all. {self.checkpoint} is saved at step {self.step}")
         self.sums = self.averages = None
         self.clock, self.logged = time.time(), self.step
 
@@ -536,6 +536,7 @@ class Run(Process):
 
     def note_bad(self, path: str, why: str):
         """Names a file that cannot be read in bad_videos.txt, once."""
+        self.bad_files.add(path)
         if path not in self.bad_seen:
             self.bad_seen.add(path)
             with open(self.bad_file, "a") as f:
@@ -602,6 +603,21 @@ class Run(Process):
         return 128 + stopped if stopped else 0
 
 
+def wrap(model, process: Process, compiled: bool):
+    """-> what a loop calls in the model's place: compiled if wanted, in DDP if there are ranks."""
+    net = model
+    if compiled:  # as one graph: what would come in parts is an error
+        net = torch.compile(model, fullgraph=True, dynamic=False)
+    if process.world > 1:
+        ids = [process.local_rank] if process.device.type == "cuda" else None
+        norms = torch.nn.modules.batchnorm._BatchNorm  # their buffers alone ever change
+        net = DistributedDataParallel(net, device_ids=ids,
+                                      gradient_as_bucket_view=True)  # no second copy
+        # as an argument torch 2.13 warns of it, 2.11 has no other
+        net.broadcast_buffers = any(isinstance(m, norms) for m in model.modules())
+    return net
+
+
 def import_tensorboard():
     """SummaryWriter, or a ValueError that says what to install."""
     try:
@@ -620,5 +636,8 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes in use so far: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError, StopIteration):  # ru_maxrss begins at what the parent had
+        with open("/proc/self/status") as f:
+            return int(next(line for line in f if line.startswith("VmHWM")).split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -242,7 +242,7 @@ def tiny_ava():
 # ---------------------------------------------------------------- scripts
 
 def start(script, *args, ranks=None, cwd=None):
-    """Starts a script, on torchrun ranks if told; its output is a pipe."""
+    """Starts a script, on torchrun ranks if told (with more of its flags); its output is a pipe."""
     command = [sys.executable]
     if ranks:
         command += f"-m torch.distributed.run --standalone --nproc_per_node {ranks}".split()

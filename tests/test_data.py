@@ -3,6 +3,7 @@
 import argparse
 import functools
 import os
+import re
 import unittest.mock
 
 import numpy as np
@@ -214,6 +215,11 @@ def test_missing_files_are_said_first():
                 "--max_steps", 1, "--out_dir", tmp("half_gone"))
     assert text.count("12 of 24 files do not exist") == 2 and "validation at step 1" in text, text
     assert text.count(gone[9]) == 2 and gone[10] not in text, text  # ten of each list
+    rows = open(train).read().splitlines(True)[:2] + rows.splitlines(True)[-1:] * 4
+    open(tmp("one_gone.tsv"), "w").writelines([*rows, f"{toy_videos()}/1.mp4\ty class\n"])
+    text = call(finetune, *TUNE, "--data", tmp("one_gone.tsv"), "--max_bad", 0.9, "--max_steps", 9,
+                "--out_dir", tmp("one_gone"))
+    assert re.search(r"\d\d bad reads of 1 files", text), text
     text = call(evaluate, "--ckpt", tmp("half_gone", "last.pt"), "--data", some,
                 "--num_segments", 1, "--num_crops", 1, "--num_workers", 0, "--device", "cpu",
                 "--out_dir", tmp("gone"))

@@ -17,7 +17,7 @@ from lib import plot
 from lib.features import attention_rollout, features, heat, neighbours, ridge
 from lib.views import TestVideos, cut, scores, view_indices
 from model import VideoClassifier
-from tests.common import Skip, call, mistake, run, small, test, tmp, write
+from tests.common import Skip, as_script, call, mistake, run, small, test, tmp, write
 from video import decode, lists, pictures, toy
 
 evaluate = importlib.import_module("eval")  # `import eval` would hide the builtin
@@ -271,6 +271,16 @@ def test_predict_and_windows():
         for start, end, first in ((0, 0.6, 0), (1.2, 1.8, 30), (0, 9, 15)):
             frames, index = middle.clips(video, start, end)
             assert (frames[index[0]].numpy() == video.frames(range(first, first + 12, 3))).all()
+    os.makedirs(tmp("empty_folder"))
+    wrong = [tmp("absent.mp4"), tmp("empty_folder"), "absent_folder/"]
+    with as_script(evaluate, *base[:-1], *wrong[:2], path, wrong[2]) as out:
+        assert evaluate.main() == 1
+    assert out.getvalue().count(f"{path}\n  ") == 1, out.getvalue()
+    with open(tmp("pr", "predicted.csv"), newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert {row["path"] for row in rows if row["class"]} == {path}
+    assert [row["path"] for row in rows if row["failed"]] == wrong
+    assert all(text in mistake(evaluate, *base[:-1], *wrong) for text in wrong[:1])
     assert "a " in call(evaluate, *base)
     assert " to " in call(evaluate, *base, "--window", 1, "--hop", 0.5)
 

@@ -476,6 +476,30 @@ def test_half_the_ranks_at_the_same_global_batch():
 
 
 @test
+def test_a_killed_rank_comes_back():
+    """SIGKILL of one of 2 ranks under --max_restarts: the weights of an undisturbed run."""
+    half = batch_size("finetune.py") // 2
+    args = ["--batch_size", half, "--global_batch", 2 * half, "--max_steps", 30, "--save_every", 2]
+    alone, out = tmp("undisturbed"), tmp("restarted")
+    call(finetune, *stage_args("finetune.py", alone, *args))
+    # as docs/clusters.md says; without it new ranks may find addresses of dead ones
+    with unittest.mock.patch.dict(os.environ, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"):
+        process = start("finetune.py", *stage_args("finetune.py", out, *args),
+                        ranks="2 --max_restarts 1")
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            os.kill(max(children(process.pid)), signal.SIGKILL)
+            break
+    try:
+        text = process.communicate(timeout=300)[0]
+    finally:
+        kill_tree(process.pid)
+    assert process.returncode == 0 and "resumed" in text and "step 30/30" in text, text
+    assert difference(checkpoint(alone)["model"], checkpoint(out)["model"]) < 1e-5
+    assert [row["step"] for row in log_rows(out) if "lr" in row] == [*range(1, 31)]
+
+
+@test
 def test_saved_by_time_and_in_the_background():
     """A save per --save_minutes is what the model was, while training goes on; errors are told."""
     out, found, write = tmp("minutes"), {}, lib.run.write_whole
@@ -489,11 +513,19 @@ def test_saved_by_time_and_in_the_background():
         call(pretrain, *stage_args("pretrain.py", out, *args))
     early = sorted(found)[1]  # the first is waited for
     assert early < 40 and max(found) == 40, [*found]
+    assert not any(name.startswith("vis_") for name in os.listdir(out))  # never
     assert difference(found[40], checkpoint(out)["model"]) == 0
     again = tmp("minutes_again")
     with unittest.mock.patch.object(Run, "due_to_save", lambda run: run.step == early):
         call(pretrain, *stage_args("pretrain.py", again, *args))
     assert difference(found[early], checkpoint(again)["model"]) == 0
+    drawn, args[-1] = tmp("minutes_drawn"), 1000
+    with unittest.mock.patch.object(Run, "save", lambda run, **state: saved.append(run.step)):
+        saved = []
+        call(pretrain, *stage_args("pretrain.py", drawn, *args, "--max_steps", 2,
+                                  "--save_minutes", 1e-9))
+    assert saved == [1, 2]  # never saved, so it is always due
+    assert {"vis_0000001.png", "vis_0000002.png"} < {*os.listdir(drawn)}
     full = OSError(28, "No space left on device", "last.pt")
     with unittest.mock.patch.object(lib.run, "write_whole", side_effect=full):
         text = mistake(pretrain, *stage_args("pretrain.py", tmp("full"), *args))
@@ -667,6 +699,19 @@ def test_damaged_checkpoints_and_logs(script):
     with open(log, "wb") as f:
         f.write(b"\xbe\xff\n" + rows.encode())
     refused(log, "row 1")
+
+
+@test
+def test_a_pipe_is_no_checkpoint():
+    """A last.pt that is a pipe is named, and not waited for."""
+    os.makedirs(tmp("pipe"))
+    os.mkfifo(tmp("pipe", "last.pt"))
+    process = start("pretrain.py", *stage_args("pretrain.py", tmp("pipe")))
+    try:
+        text = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 1 and "last.pt: not a file" in text, text
 
 
 @test_each(["finetune.py", "detect_ava.py"])

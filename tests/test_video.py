@@ -207,12 +207,12 @@ def test_folders_and_lists():
 @test
 def test_paths():
     """A block of paths reads as a list does, also what is no UTF-8; links lead to their files."""
-    texts = ["a b.mp4", "", "fünf/\udcff.mp4", "☃::x.mp4"]
+    texts = ["a b.mp4", "", "fünf/\udcff.mp4", "☃::x.mp4", *map(str, range(5000)), "\0 no\0 path"]
     paths = lists.Paths(iter(texts))
-    assert [*paths] == [paths[i] for i in range(4)] == paths[:] == texts and len(paths) == 4
-    assert paths[-1] == texts[-1] and paths[1:3] == texts[1:3] and not lists.Paths()
+    assert [*paths] == [paths[i] for i in range(5005)] == paths[:] == texts and len(paths) == 5005
+    assert paths[-1] == texts[-1] and paths[1:3] == texts[1:3] and not [*lists.Paths()]
     with contextlib.suppress(IndexError):
-        raise AssertionError(paths[4])
+        raise AssertionError(paths[5005])
     folder = tmp("real")
     os.makedirs(os.path.join(folder, "in"))
     open(os.path.join(folder, "in", "x.mp4"), "w").close()

@@ -331,15 +331,20 @@ def test_what_cannot_be_exported_is_said_first():
     path = saved("x.pt", dict(model=source.state_dict(), config=source.config))
     vit = saved("vit.pth", dict(model=released_vit(0)))
     same = dict(size="tiny", num_frames=4, img_size=(16, 24), patch_size=8)
-    for shape, file, positions, lacks in (
-            (same, path, "resize", None), (same | dict(num_frames=8), path, "new", None),
-            (same | dict(num_frames=8), path, "resize", "positions of [2, 2, 3] resized"),
-            (weights.encoder_shape(vit), vit, "resize", "a spatial pos, a class token")):
+    longer, grids = same | dict(num_frames=8), ("(2, 2, 3)", "(4, 2, 3)")
+    told = [f"positions {how}token grid {grid}" for how, grid in (
+        ("of ", grids[0]), ("made anew for ", grids[1]), (f"resized from {grids[0]} to ", grids[1]),
+        ("of ", "(1, 4, 4)"))]
+    for (shape, file, positions, lacks), positions_are in zip((
+            (same, path, "resize", None), (longer, path, "new", None),
+            (longer, path, "resize", "positions of [2, 2, 3] resized"),
+            (weights.encoder_shape(vit), vit, "resize", "a spatial pos, a class token")), told):
         for train in (True, False):
             model, out = VideoClassifier(3, **shape).train(train), io.StringIO()
             with contextlib.redirect_stdout(out):
                 weights.load_pretrained(model, file, positions=positions)
             assert ("--export_hf will not" in out.getvalue()) == bool(lacks and train)
+            assert positions_are in out.getvalue(), out.getvalue()
             if lacks:
                 assert not train or lacks in out.getvalue()
                 with raises(lacks):

@@ -21,6 +21,7 @@ VIDEO_EXT = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".m4v", "
              ".divx", ".y4m", ".m2v", ".m1v", ".f4v")
 HEADERS = ("path,label", "video,label", "path", "video")  # first rows of a list that name columns
 MEDIA = "|".join(re.escape(ending) for ending in VIDEO_EXT + IMAGE_EXT)  # a regular expression
+TABBED = re.compile(rf"(.*(?:{MEDIA}))\t([^\t]*)", re.IGNORECASE)  # a row as we write lists
 
 
 class Paths(Sequence):
@@ -33,9 +34,9 @@ class Paths(Sequence):
     def __init__(self, texts=()):
         block, ends = bytearray(), array("q", [0])
         for text in texts:
-            block += text.encode(errors="surrogatepass")  # a name that is no UTF-8
+            block += text.encode(errors="surrogatepass") + b"\0"  # a name that is no UTF-8
             ends.append(len(block))
-        self.block, self.ends = bytes(block), np.frombuffer(ends, np.int64)
+        self.block, self.ends = block, np.frombuffer(ends, np.int64)  # no copy
 
     def __len__(self):
         return len(self.ends) - 1
@@ -44,11 +45,13 @@ class Paths(Sequence):
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
         k = range(len(self))[i]  # IndexError where there is none
-        return self.block[self.ends[k]:self.ends[k + 1]].decode(errors="surrogatepass")
+        return self.block[self.ends[k]:self.ends[k + 1] - 1].decode(errors="surrogatepass")
 
     def __iter__(self):
-        for start, end in itertools.pairwise(memoryview(self.ends)):
-            yield self.block[start:end].decode(errors="surrogatepass")
+        for k in range(0, len(self), 4096):
+            ends = self.ends[k:k + 4097]
+            some = self.block[ends[0]:ends[-1] - 1].decode(errors="surrogatepass").split("\0")
+            yield from some if len(some) == len(ends) - 1 else self[k:k + 4096]  # a text has a NUL
 
 
 # ---- rows of a list ----
@@ -65,8 +68,7 @@ def parse_row(row: str, where: str) -> tuple[str, str | None]:
     with the row; a path of unknown ending ends at the last tab, else comma, else space, else with
     the row. A path in double quotes is taken as it is. ValueError: no path; it says `where`.
     """
-    tabbed = re.fullmatch(rf"(.*(?:{MEDIA}))\t([^\t]*)", row, re.IGNORECASE)  # as we write lists
-    if tabbed and not row.startswith('"'):
+    if (tabbed := TABBED.fullmatch(row)) and not row.startswith('"'):
         return tabbed[1].strip(), bare(tabbed[2])
     quoted = re.fullmatch(r'\s*"([^"]+)"\s*(?:[,\t ]\s*"?(.*?)"?\s*)?', row)
     known = re.fullmatch(rf"(.*?(?:{MEDIA}))(?:\s*[,\t ]\s*(.*?))?\s*", row, re.IGNORECASE)
@@ -311,12 +313,13 @@ def fingerprint(paths: Sequence[str], labels: list | None = None) -> str:
 
     A name is the last two parts of a path, so that the data may move.
     """
-    names, crc = ("/".join(path.replace(os.sep, "/").split("/")[-2:]) for path in paths), 0
+    names, crc = ("/".join(path.replace(os.sep, "/").rsplit("/", 2)[-2:]) for path in paths), None
     if labels is not None:
         names = (f"{name} {label}" for name, label in zip(names, labels))
-    for i, name in enumerate(names):
-        crc = zlib.crc32(f"{chr(10) * (i > 0)}{name}".encode(), crc)
-    return f"{len(paths)} ({crc:08x})"
+    while some := list(itertools.islice(names, 4096)):
+        begin = "" if crc is None else "\n"
+        crc = zlib.crc32((begin + "\n".join(some)).encode(), crc or 0)
+    return f"{len(paths)} ({crc or 0:08x})"
 
 
 # ---- classes ----
