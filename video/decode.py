@@ -245,20 +245,20 @@ class VideoReader:
                         stream.discard = av.stream.Discard.all
                 for p in self.demux(hollow, hollow.streams[self.stream.index]):
                     found.append(Stamp(p.pts, p.dts, p.is_keyframe, p.is_discard))
-        pts, keys = [p.pts for p in found], [i for i, p in enumerate(found) if p.is_keyframe]
+        keys = [i for i, p in enumerate(found) if p.is_keyframe]
         if (stop > self.container.size or len(found) != len(entries) or keys[:1] != [0]
-                or None in pts or len(set(pts)) < len(pts) or min(pts) < pts[0]
-                or max(b - a for a, b in itertools.pairwise([*keys, len(pts)])) > 1000):
+                or any(p.pts is None or p.pts < found[0].pts for p in found)
+                or max(b - a for a, b in itertools.pairwise([*keys, len(found)])) > 1000):
             return None
-        latest = itertools.accumulate(pts, max)
-        alike = (p.pts == p.dts == top for p, top in zip(found, latest))
-        runs = [len(list(run)) for key, run in itertools.groupby(alike) if key]
-        if self.codec.has_b_frames and (max(runs, default=0) > 3 or pts == sorted(pts)):
-            return None  # see is_shuffled; between key frames that the header may not call so, too
+        # see is_shuffled; so it may be between key frames that the header does not call so
+        latest = itertools.accumulate((p.pts for p in found), max)
+        runs = itertools.groupby(p.pts == p.dts == top for p, top in zip(found, latest))
+        if self.codec.has_b_frames and any(alike and len(list(run)) > 3 for alike, run in runs):
+            return None
         for i in (keys[-1], keys[len(keys) // 2], 0):
-            self.container.seek(pts[i], stream=self.stream)
+            self.container.seek(found[i].pts, stream=self.stream)
             packet = next(self.demux(), None)
-            if not packet or packet.pts != pts[i] or not packet.is_keyframe:
+            if not packet or packet.pts != found[i].pts or not packet.is_keyframe:
                 self.reopen()
                 return None
         return found
