@@ -372,7 +372,10 @@ class VideoReader:
                 packets = itertools.chain([head], packets)
                 break
         else:
-            self.container.seek(0)
+            try:
+                self.container.seek(0)
+            except av.FFmpegError:  # the first packet is not called a key frame
+                self.reopen()
             packets, i = self.demux(), 0
         for i, packet in enumerate(packets, i):
             if i >= stop:
@@ -606,7 +609,8 @@ class MovieReader(VideoReader):
             if len(set(shown)) < len(shown):
                 return None
             self.check_end((shown[-1] - self.first) * base, seconds.min())
-            unique, inverse = np.unique(nearest(np.array(shown, float), stamps),
+            times = np.array(shown, float) * base - self.first * base  # to the bit those of an index
+            unique, inverse = np.unique(nearest(times, np.maximum(seconds.ravel(), 0)),
                                         return_inverse=True)
             wanted = {shown[i]: k for k, i in enumerate(unique)}
             last = max(i for i, p in enumerate(packets) if p.pts in wanted)
