@@ -609,7 +609,7 @@ class MovieReader(VideoReader):
             if len(set(shown)) < len(shown):
                 return None
             self.check_end((shown[-1] - self.first) * base, seconds.min())
-            times = np.array(shown, float) * base - self.first * base  # to the bit those of an index
+            times = np.array(shown, float) * base - self.first * base  # an index's, to the bit
             unique, inverse = np.unique(nearest(times, np.maximum(seconds.ravel(), 0)),
                                         return_inverse=True)
             wanted = {shown[i]: k for k, i in enumerate(unique)}
