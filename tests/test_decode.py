@@ -7,6 +7,7 @@ decoding from the first packet to the last.
 import contextlib
 import os
 import tracemalloc
+import unittest.mock
 
 import av
 import numpy as np
@@ -15,6 +16,7 @@ from tests.common import Skip, numbered, raises, test, test_each, tmp, write
 from video import decode, tools
 
 FRAMES = numbered(48, 64, 96)
+LONG = unittest.mock.patch.object(decode, "KEEP_PACKETS", 0)  # files are read as those of hours
 os.environ.setdefault("SVT_LOG", "1")  # errors only
 
 
@@ -36,14 +38,17 @@ def plain(path):
 def check_every_way(path, expected):
     """AssertionError where a reader that was just opened gives other frames than `expected`."""
     n = len(expected)
+    windows = [range(i, i + 1) for i in range(n)] + [range(i, i + 8) for i in range(0, n - 7, 5)]
+    windows += [range(i, n, 4)[:8] for i in range(0, n - 28, 3)]
     with decode.VideoReader(path) as video:
         assert len(video) == n, (len(video), n)
         times = video.times - video.times[0]
-    windows = [range(i, i + 1) for i in range(n)] + [range(i, i + 8) for i in range(0, n - 7, 5)]
-    windows += [range(i, n, 4)[:8] for i in range(0, n - 28, 3)]
     for window in windows:
         with decode.VideoReader(path) as video:
             assert (video.frames(window) == expected[window]).all(), (path, window)
+        with LONG, decode.VideoReader(path) as video:
+            assert len(video) == n and (video.times - video.times[0] == times).all(), path
+            assert (video.frames(window) == expected[window]).all(), ("long", path, window)
     for i in range(0, n, 5):
         with decode.MovieReader(path) as movie:
             assert (movie.at(times[i])[0] == expected[i]).all(), ("at", i)
@@ -121,15 +126,15 @@ def packets_of(path):
         return [(p.pts, p.is_keyframe) for p in file.demux(video=0) if p.size]
 
 
-def remuxed(path, name, start, flag=None):
+def remuxed(path, name, start, flag=None, rest=None):
     """The packets of a file from number `start` on in a new file; the first is called a key frame
-    or not (`flag`)."""
+    or not (`flag`), so are the others (`rest`)."""
     with av.open(path) as file, av.open(tmp(name), "w") as out:
         stream = out.add_stream_from_template(file.streams.video[0], opaque=True)
         for packet in [p for p in file.demux(video=0) if p.size][start:]:
             packet.stream = stream
             packet.is_keyframe = packet.is_keyframe if flag is None else flag
-            flag = None
+            flag = rest
             out.mux(packet)
     return tmp(name)
 
@@ -210,6 +215,102 @@ def test_no_frame_and_encryption_are_said():
     open(path, "wb").write(data.replace(name, b"\x6d\x80\x9d" + encoding))
     with raises("locked.mkv: is encrypted"):
         decode.VideoReader(path)
+
+
+# ---------------------------------------------------------------- long files
+
+def packets_read(reader, path, wanted) -> int:
+    """How many packets are read until a reader that was just opened gives what is wanted."""
+    read, real = [], decode.VideoReader.demux
+
+    def spy(self, *hollow):
+        for packet in real(self, *hollow):
+            read.extend([] if hollow else [packet])
+            yield packet
+    with LONG, unittest.mock.patch.object(decode.VideoReader, "demux", spy):
+        with reader(path) as video:
+            get = video.frames if reader is decode.VideoReader else video.at
+            get(wanted)
+    return len(read)
+
+
+@test
+def test_long_files_are_read_near_the_clip():
+    """One clip costs the packets around it, not the file."""
+    frames, wanted = numbered(500), np.arange(130, 170, 4)
+    fast = dict(container=dict(movflags="faststart"))
+    for name, more in (("end.mp4", {}), ("front.mp4", fast), ("near.mkv", {}), ("near.ts", {})):
+        path = encoded(**x264(name, "keyint=25:bframes=3", frames=frames, **more))
+        n = packets_read(decode.VideoReader, path, wanted)
+        assert n < 150 or not name.endswith("mp4"), (name, n)  # others are indexed once
+        n = packets_read(decode.VideoReader, path, wanted)
+        assert n < 150, (name, "again", n)
+        for start in (0, 1, 130, 400):
+            decode.INDEX_CACHE.clear()
+            n = packets_read(decode.MovieReader, path, (start + np.arange(10) * 4) / 25)
+            assert n < 400, (name, start, n)
+
+
+@test
+def test_matroska_guesses_times_of_decoding():
+    """A file that begins without B-frames has some later: those near are all there by time."""
+    paths = [encoded(**x264(f"{n}.mp4", f"keyint=12:repeat-headers=1:bframes={n}"))
+             for n in (0, 3)]
+    with av.open(tmp("later.mkv"), "w") as out:
+        with av.open(paths[0]) as first, av.open(paths[1]) as second:
+            stream = out.add_stream_from_template(first.streams.video[0])
+            for late, file in enumerate((first, second)):
+                for packet in file.demux(video=0):
+                    packet.stream = stream
+                    if packet.size:
+                        packet.pts += 50 * 512 * late  # a gap of two frames
+                        packet.dts += 50 * 512 * late
+                        out.mux(packet)
+    for i, picture in enumerate(plain(tmp("later.mkv"))):
+        with decode.MovieReader(tmp("later.mkv")) as movie:
+            found = movie.at((i + 2 * (i >= 48)) / 25)[0]
+            assert (found == picture).all() and (i < 60 or movie.order is None), i
+
+
+def index_of(path):
+    """All that an index of a long file says."""
+    decode.INDEX_CACHE.clear()
+    with LONG, decode.VideoReader(path) as video:
+        return video.pts, list(video.order), video.times.tolist(), video.counted, video.keys
+
+
+@test
+def test_headers_that_are_wrong():
+    """Where a header is not all that there is to know of an MP4 file, all of it is read."""
+    long = encoded(**x264("many.mp4", "keyint=40", frames=np.zeros((1040, 32, 32, 3), np.uint8)))
+    whole = encoded(**x264("right.mp4", "keyint=12:bframes=3"))
+    front = dict(container=dict(movflags="faststart"))
+    data = open(encoded(**x264("whole.mp4", "keyint=12:bframes=3", **front)), "rb").read()
+    open(tmp("cut_off.mp4"), "wb").write(data[:len(data) * 19 // 20])
+    moof = dict(container=dict(movflags="frag_keyframe"))
+    shuffled = tmp("shuffled.mp4")
+    with av.open(whole) as original, av.open(shuffled, "w") as out:
+        stream = out.add_stream_from_template(original.streams.video[0], opaque=True)
+        for i, packet in enumerate(p for p in original.demux(video=0) if p.size):
+            if i >= 24:  # as in test_stamps_of_decoding
+                packet.dts += 4 * packet.duration
+                packet.pts, packet.is_keyframe = packet.dts, False
+            packet.stream = stream
+            out.mux(packet)
+    for path in (remuxed(whole, "all_keys.mp4", 0, True, True),
+                 remuxed(whole, "no_keys.mp4", 0, False, False),
+                 remuxed(whole, "no_first_key.mp4", 3, True),
+                 remuxed(long, "one_key.mp4", 0, True, False),
+                 remuxed(encoded(**x264("led.mp4", "keyint=12:open-gop=1:bframes=3")), "x.mp4", 16),
+                 encoded(**x264("moofs.mp4", "keyint=12:bframes=3", **moof)),
+                 tmp("cut_off.mp4"), shuffled):
+        found = index_of(path)
+        with unittest.mock.patch.object(decode.VideoReader, "stamps", lambda video: None):
+            assert found == index_of(path), path
+    path = remuxed(whole, "few_keys.mp4", 0, True, False)
+    found, full = index_of(path), index_of(whole)
+    assert found[1:4] == full[1:4] and len(found[4]) == 1 and len(full[4]) == 4
+    check_every_way(path, plain(whole))
 
 
 # ---------------------------------------------------------------- what else a file says
@@ -296,7 +397,7 @@ def test_what_refers_to_a_damaged_frame_is_refused():
 def test_stamps_of_decoding():
     """Copies whose pictures have the time stamps of decoding, in all or in part, come in order."""
     source = write("b.mp4", numbered(48), bf=3, g=12, crf=1)
-    for name, start in (("all.mp4", 0), ("part.mp4", 24)):
+    for name, start in (("all.mp4", 0), ("part.mp4", 24), ("all.mkv", 0)):
         path = tmp(name)
         with av.open(source) as original, av.open(path, "w") as out:
             stream = out.add_stream_from_template(original.streams.video[0])
@@ -314,5 +415,8 @@ def test_stamps_of_decoding():
         for i in range(0, len(plain), 5):
             with decode.VideoReader(path) as video:
                 assert (video.frames([i])[0] == plain[i]).all(), (name, i)
+                t = video.times[i] - video.times[0]
+            with decode.MovieReader(path) as movie:
+                assert start or (movie.at(t)[0] == plain[i]).all(), (name, i)
     with decode.VideoReader(source) as video:
         assert not video.counted

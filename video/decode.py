@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import math
 import os
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
 from fractions import Fraction
 
 import av
@@ -84,6 +84,25 @@ def to_rgb(frame: av.VideoFrame) -> np.ndarray:
 
 # ---- by index ----
 
+Stamp = namedtuple("Stamp", "pts dts is_keyframe is_discard")  # of a packet, without its data
+
+
+class Hollow:
+    """A file object that is not read from byte start to stop: there it gives zeros."""
+
+    def __init__(self, file, start: int, stop: int):
+        self.file, self.start, self.stop = file, start, stop
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, n: int) -> bytes:
+        at = self.tell()
+        if not self.start <= at < self.stop:
+            return self.file.read(min(n, self.start - at) if at < self.start else n)
+        n = min(n, self.stop - at)
+        self.seek(n, os.SEEK_CUR)
+        return bytes(n)
+
+
 # of the long files only: reading all their packets again takes seconds
 INDEX_CACHE: OrderedDict = OrderedDict()
 SHUFFLED: dict = {}  # of files that look so: whether they are
@@ -93,9 +112,10 @@ class VideoReader:
     """Random access to the frames of a video file, in presentation order; a context manager.
 
     All packets are read (not decoded) once: their time stamps give the number of frames and where
-    each key frame is, with no trust in the container's own count, duration or frame rate. `frames`
-    then decodes from the last key frame before the wanted frames to the last of them, and leaves
-    out frames that are neither wanted nor needed by others.
+    each key frame is, with no trust in the container's own count, duration or frame rate. Those of
+    a long MP4 file come from its header (`stamps`). `frames` then decodes from the last key frame
+    before the wanted frames to the last of them, and leaves out frames that are neither wanted nor
+    needed by others.
     """
 
     counted = False  # whether frames were decoded to count them
@@ -176,7 +196,7 @@ class VideoReader:
             return
         self.packets, self.pts, shown, keys = [], [], [], []
         apart = []  # by packet: whether it is decoded at another time than it is shown
-        for i, packet in enumerate(self.demux()):
+        for i, packet in enumerate(long and self.stamps() or self.demux()):
             self.pts.append(packet.pts)
             apart.append(packet.pts != packet.dts)
             if packet.is_keyframe:
@@ -205,6 +225,43 @@ class VideoReader:
             INDEX_CACHE[stamp] = self.pts, self.keys, self.order, self.counted, self.times
             while len(INDEX_CACHE) > 256:
                 INDEX_CACHE.popitem(last=False)
+
+    def stamps(self) -> list | None:
+        """The Stamp of each packet from the header of an MP4 file; None where all must be read.
+
+        A demuxer that is given zeros for the data gives the same time stamps. What is a key frame
+        it takes from the header then, else from the data: None where it matters that they differ.
+        """
+        entries = self.stream.index_entries
+        uncut = self.codec.codec.canonical_name in ("h264", "hevc", "av1", "mpeg4", "prores")
+        if not (self.container.format.name.startswith("mov") and uncut and len(entries)):
+            return None
+        start, stop = min(e.pos for e in entries), max(e.pos + e.size for e in entries)
+        found, options = [], {"fflags": "noparse+nofillin", "probesize": "32"}
+        with contextlib.suppress(*AV_ERRORS), open(self.path, "rb", 0) as file:
+            with av.open(Hollow(file, start, stop), format="mov", options=options) as hollow:
+                for stream in hollow.streams:
+                    if stream.index != self.stream.index:
+                        stream.discard = av.stream.Discard.all
+                for p in self.demux(hollow, hollow.streams[self.stream.index]):
+                    found.append(Stamp(p.pts, p.dts, p.is_keyframe, p.is_discard))
+        keys = [i for i, p in enumerate(found) if p.is_keyframe]
+        if (stop > self.container.size or len(found) != len(entries) or keys[:1] != [0]
+                or any(p.pts is None or p.pts < found[0].pts for p in found)
+                or max(b - a for a, b in itertools.pairwise([*keys, len(found)])) > 1000):
+            return None
+        # see is_shuffled; so it may be between key frames that the header does not call so
+        latest = itertools.accumulate((p.pts for p in found), max)
+        runs = itertools.groupby(p.pts == p.dts == top for p, top in zip(found, latest))
+        if self.codec.has_b_frames and any(alike and len(list(run)) > 3 for alike, run in runs):
+            return None
+        for i in (keys[-1], keys[len(keys) // 2], 0):
+            self.container.seek(found[i].pts, stream=self.stream)
+            packet = next(self.demux(), None)
+            if not packet or packet.pts != found[i].pts or not packet.is_keyframe:
+                self.reopen()
+                return None
+        return found
 
     def find_start(self, first: int, key: int, shown) -> tuple[int, int]:
         """-> (packet to start from, time stamp of the first picture that can be decoded).
@@ -254,24 +311,34 @@ class VideoReader:
             return False
         stamp = self.path, len(self.pts), os.path.getmtime(self.path)
         if stamp not in SHUFFLED:
-            stamps = []
-            with contextlib.suppress(*AV_ERRORS):
-                for frame in self.decode(self.read(0, len(self.pts))):
-                    stamps.append(frame.pts)
-            SHUFFLED[stamp] = any(a >= b for a, b in itertools.pairwise(stamps))
+            SHUFFLED[stamp] = not self.decodes_in_order(self.read(0, len(self.pts)))
         return SHUFFLED[stamp]
 
-    def demux(self):
+    def decodes_in_order(self, numbered) -> bool:
+        """Whether the time stamps of pictures ascend as a decoder gives them."""
+        stamps = []
+        with contextlib.suppress(*AV_ERRORS):
+            for frame in self.decode(numbered):
+                stamps.append(frame.pts)
+        return all(a < b for a, b in itertools.pairwise(stamps))
+
+    def demux(self, container=None, stream=None):
         """Yields the stream's packets from where the container stands."""
         locked = "enc_key_id" in self.stream.metadata  # Matroska; MP4 says it of each packet
         try:
-            for packet in self.container.demux(self.stream):
+            for packet in (container or self.container).demux(stream or self.stream):
                 if locked or packet.has_sidedata("encryption_info"):
                     raise VideoError(f"{self.path}: is encrypted")
                 if packet.size:
                     yield packet
         except av.EOFError:  # some demuxers raise it where the file was cut off
             return
+
+    def reopen(self):
+        """Back to the first packet, which not every container can seek to."""
+        self.container.close()
+        self.container = av.open(self.path, metadata_errors="ignore")
+        self.open_stream()
 
     def count_frames(self):
         """Decodes all frames to count them, where packets have no usable time stamps."""
@@ -292,24 +359,29 @@ class VideoReader:
         if self.packets:
             yield from zip(range(start, stop), self.packets[start:stop])
             return
-        i = 0
-        if start and self.pts[start] is not None:
-            self.container.seek(self.pts[start], stream=self.stream)
-            i = None
+        known = start and self.pts[start] is not None
+        for back in (0, 1, 10) if known else ():  # seconds: some containers seek too far
+            try:
+                to = self.pts[start] - int(back / self.stream.time_base)
+                self.container.seek(to, stream=self.stream)
+            except av.FFmpegError:  # before the start
+                continue
+            packets = self.demux()
+            head = next(packets, None)
+            if head and head.pts in self.pts and (i := self.pts.index(head.pts)) <= start:
+                packets = itertools.chain([head], packets)
+                break
         else:
-            self.container.seek(0)
-        for packet in self.demux():
-            if i is None:  # where the seek has landed
-                i = self.pts.index(packet.pts)
-                if i > start:  # too late: some containers seek badly
-                    self.container.seek(0)
-                    yield from ((j, p) for j, p in enumerate(self.demux()) if start <= j < stop)
-                    return
+            try:
+                self.container.seek(0)
+            except av.FFmpegError:  # the first packet is not called a key frame
+                self.reopen()
+            packets, i = self.demux(), 0
+        for i, packet in enumerate(packets, i):
             if i >= stop:
                 return
             if i >= start:
                 yield i, packet
-            i += 1
 
     def decode(self, numbered, wanted=None):
         """Decodes (number, packet) pairs and drains the decoder.
@@ -476,12 +548,6 @@ class MovieReader(VideoReader):
             self.reopen()
             super().read_index()
 
-    def reopen(self):
-        """Back to the first packet, which not every container can seek to."""
-        self.container.close()
-        self.container = av.open(self.path, metadata_errors="ignore")
-        self.open_stream()
-
     def at(self, seconds) -> tuple[np.ndarray, np.ndarray]:
         """Seconds (any shape) -> the distinct nearest frames (U, H, W, 3), and where each is among
         them (that shape).
@@ -524,7 +590,10 @@ class MovieReader(VideoReader):
                 break
             start = max(self.first, stamps.min() - back / base)
             try:
-                self.container.seek(math.floor(start), stream=self.stream)
+                if back < math.inf:
+                    self.container.seek(math.floor(start), stream=self.stream)
+                else:
+                    self.reopen()
             except av.FFmpegError:  # past the end, in some containers
                 continue
             packets = self.packets_until(stamps.max())
@@ -532,14 +601,16 @@ class MovieReader(VideoReader):
                 return None
             if not packets or packets[0].pts > max(stamps.min(), self.first):
                 continue
-            alike = len(packets) > 3 and all(p.pts == p.dts for p in packets)
-            if alike and self.codec.has_b_frames:  # see is_shuffled
+            ascending = all(a.pts < b.pts for a, b in itertools.pairwise(packets))
+            suspect = self.codec.has_b_frames and ascending and len(packets) > 3  # see is_shuffled
+            if suspect and not self.decodes_in_order(enumerate(packets)):
                 return None
             shown = sorted(p.pts for p in packets if self.is_shown(p) and p.pts >= packets[0].pts)
             if len(set(shown)) < len(shown):
                 return None
             self.check_end((shown[-1] - self.first) * base, seconds.min())
-            unique, inverse = np.unique(nearest(np.array(shown, float), stamps),
+            times = np.array(shown, float) * base - self.first * base  # an index's, to the bit
+            unique, inverse = np.unique(nearest(times, np.maximum(seconds.ravel(), 0)),
                                         return_inverse=True)
             wanted = {shown[i]: k for k, i in enumerate(unique)}
             last = max(i for i, p in enumerate(packets) if p.pts in wanted)
@@ -553,15 +624,20 @@ class MovieReader(VideoReader):
         return None
 
     def packets_until(self, stamp: float) -> list | None:
-        """Packets from the next key frame to the picture at `stamp`; None: one has no time."""
-        packets, end = [], math.inf
+        """Packets from the next key frame to the picture at `stamp`; None: one has no time.
+
+        Matroska has no times of decoding. Those of the first packets after a seek are not known,
+        others are guessed, perhaps too late: by 16 pictures at most, as many as a decoder holds.
+        """
+        packets, end, after = [], math.inf, 0
         for packet in self.demux():
-            if packet.pts is None or packet.dts is None:
+            if packet.pts is None or packet.dts is None and len(packets) >= 16:
                 return None
             packets.append(packet)
             if packet.pts >= stamp:
                 end = min(end, packet.pts)
-            if packet.dts >= end:  # later packets have later pictures
+            after += packet.dts is not None and packet.dts >= end
+            if after > 16:  # later packets have later pictures
                 break
         key = next((i for i, p in enumerate(packets) if p.is_keyframe), len(packets))
         return packets[key:]
