@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from av.video.frame import PictureType
 
+from video import remote
+
 # files up to this size (bytes) are read into memory once; longer movies are sought in
 KEEP_PACKETS = 64 << 20
 AV_ERRORS = (av.FFmpegError, OSError, ValueError)  # what PyAV raises for files that are broken
@@ -98,6 +100,8 @@ class VideoReader:
     out frames that are neither wanted nor needed by others.
     """
 
+    at_once = KEEP_PACKETS  # bytes of a remote file that are fetched in one request
+    source = None  # what is read: a path, or a file of video/remote.py
     counted = False  # whether frames were decoded to count them
     options: dict = {}  # of the decoder
 
@@ -107,13 +111,7 @@ class VideoReader:
         antialias: how frames are brought to it, as in `resize`.
         """
         self.path, self.size_of, self.antialias = path, size_of, antialias
-        if not os.path.isfile(path):
-            why = "not a file" if os.path.exists(path) else "no such file"
-            raise VideoError(f"{path}: {why}")
-        try:
-            self.container = av.open(path, metadata_errors="ignore")
-        except AV_ERRORS as e:
-            raise VideoError(f"{path}: cannot be opened ({reason(e)})") from None
+        self.open_container()
         try:
             self.open_stream()
             self.read_index()
@@ -123,7 +121,27 @@ class VideoReader:
             raise
         except AV_ERRORS as e:
             self.container.close()
-            raise VideoError(f"{path}: {reason(e)}") from None
+            raise VideoError(f"{path}: {self.why(e)}") from None
+
+    def open_source(self):
+        """-> what av.open takes, mtime: what tells a file from a later one of its name."""
+        if os.path.isfile(self.path):
+            return self.path, os.path.getmtime(self.path)
+        if not remote.is_remote(self.path):
+            why = "not a file" if os.path.exists(self.path) else "no such file"
+            raise VideoError(f"{self.path}: {why}")
+        file = remote.open_file(self.path, self.at_once)
+        return file, file.mtime
+
+    def open_container(self):
+        """Sets container, source and mtime."""
+        try:
+            self.source, self.mtime = self.open_source()
+            self.container = av.open(self.source, metadata_errors="ignore")
+        except VideoError:
+            raise
+        except AV_ERRORS as e:
+            raise VideoError(f"{self.path}: cannot be opened ({self.why(e)})") from None
 
     def open_stream(self):
         """Sets stream, codec, and rate: frames per second, as the container says."""
@@ -169,7 +187,7 @@ class VideoReader:
         """
         size = self.container.size or 0
         long = size > KEEP_PACKETS
-        stamp = (self.path, size, os.path.getmtime(self.path)) if long else None
+        stamp = (self.path, size, self.mtime) if long else None
         if stamp in INDEX_CACHE:
             self.packets = None
             self.pts, self.keys, self.order, self.counted, self.times = INDEX_CACHE[stamp]
@@ -252,7 +270,7 @@ class VideoReader:
         alike = any(b - a > 3 and not any(apart[a:b]) for a, b in itertools.pairwise(ends))
         if not self.codec.has_b_frames or not (ascending or alike):
             return False
-        stamp = self.path, len(self.pts), os.path.getmtime(self.path)
+        stamp = self.path, len(self.pts), self.mtime
         if stamp not in SHUFFLED:
             stamps = []
             with contextlib.suppress(*AV_ERRORS):
@@ -266,12 +284,22 @@ class VideoReader:
         locked = "enc_key_id" in self.stream.metadata  # Matroska; MP4 says it of each packet
         try:
             for packet in self.container.demux(self.stream):
+                self.check_source()
                 if locked or packet.has_sidedata("encryption_info"):
                     raise VideoError(f"{self.path}: is encrypted")
                 if packet.size:
                     yield packet
         except av.EOFError:  # some demuxers raise it where the file was cut off
-            return
+            self.check_source()
+
+    def check_source(self):
+        """VideoError where a connection was lost, which FFmpeg may have taken for the end."""
+        if getattr(self.source, "error", None):
+            raise VideoError(f"{self.path}: {self.why()}")
+
+    def why(self, error: Exception | None = None) -> str:
+        """The reason of an error, which may be that of a lost connection."""
+        return reason(getattr(self.source, "error", None) or error)
 
     def count_frames(self):
         """Decodes all frames to count them, where packets have no usable time stamps."""
@@ -420,7 +448,7 @@ class VideoReader:
     def damaged(self, last: int, error: Exception) -> VideoError:
         """What to raise where decoding failed after frame `last`; -1: before the first wanted."""
         where = f"damaged after frame {last}" if last >= 0 else "no frame could be decoded"
-        return VideoError(f"{self.path}: {where} ({reason(error)})")
+        return VideoError(f"{self.path}: {where} ({self.why(error)})")
 
     def alike(self, found: dict, indices) -> list[np.ndarray]:
         """[found[i] for i in indices]; in a stream that changes its size, as large as the first."""
@@ -457,10 +485,12 @@ class MovieReader(VideoReader):
     Seconds count from the first picture, whatever time stamp the file gives it.
     """
 
+    at_once = 4 << 20
+
     def read_index(self):
         """Finds the first picture's time stamp; where there is none, as VideoReader does it."""
         self.order, self.packets = None, None
-        stamp = self.path, os.path.getmtime(self.path)
+        stamp = self.path, self.mtime
         if self.guesses_times():
             return super().read_index()
         if stamp not in FIRST_STAMP:
@@ -479,7 +509,7 @@ class MovieReader(VideoReader):
     def reopen(self):
         """Back to the first packet, which not every container can seek to."""
         self.container.close()
-        self.container = av.open(self.path, metadata_errors="ignore")
+        self.open_container()
         self.open_stream()
 
     def at(self, seconds) -> tuple[np.ndarray, np.ndarray]:
@@ -497,7 +527,7 @@ class MovieReader(VideoReader):
                 found = self.near(seconds)
             except (av.FFmpegError, OSError) as e:
                 start = seconds.min()
-                raise VideoError(f"{self.path}: damaged near {start:.2f} s ({reason(e)})") from None
+                raise VideoError(f"{self.path}: damaged near {start:.2f} s ({self.why(e)})") from None
             if found:
                 return found
             self.reopen()

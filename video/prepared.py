@@ -24,6 +24,7 @@ import av
 import numpy as np
 import torch
 
+from video import remote
 from video.decode import (MovieReader, VideoError, VideoReader, nearest, reason, resize,
                           short_side, to_rgb)
 from video.frames import FrameFolder
@@ -95,13 +96,13 @@ def open_movie(path: str, size_of=None):
 def in_set(path: str) -> bool:
     """Whether a path is FOLDER::PATH of a prepared set."""
     folder, inside, _ = path.partition("::")
-    return bool(inside) and (folder in INDEXES or is_prepared(folder))
+    return bool(inside) and (folder in INDEXES or os.path.isdir(folder) and is_prepared(folder))
 
 
 def exists(path: str) -> bool:
-    """Whether a list's path leads somewhere: to a file, or to a video of a prepared set."""
+    """Whether a list's path leads somewhere: to a file, a video of a prepared set; see remote."""
     if not in_set(path):
-        return os.path.exists(path)
+        return os.path.exists(path) or remote.exists(path)
     folder, name = path.split("::", 1)
     index = read_index(folder)
     return name in index["videos"] or name in index["failed"]

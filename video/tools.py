@@ -23,7 +23,7 @@ from collections import Counter
 
 import numpy as np
 
-from video import frames, lists, prepared
+from video import frames, lists, prepared, remote
 from video.decode import VideoError
 from video.toy import make_toy, make_toy_shapes
 
@@ -36,7 +36,11 @@ FRAME_RATE = "frames per second of folders of numbered pictures"
 def write_rows(out: str, rows: list):
     """write_list with whole paths, so that the list holds in any folder; makes out's folder."""
     def whole(path):
-        folder, inside, name = path.partition("::") if prepared.in_set(path) else (path, "", "")
+        within = prepared.in_set(path)
+        if not within and remote.is_address(path):
+            return path
+        within = within or remote.split(path)[1]
+        folder, inside, name = path.partition("::") if within else (path, "", "")
         return os.path.abspath(folder) + inside + name
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     lists.write_list(out, [(whole(path), label) for path, label in rows])
@@ -71,7 +75,7 @@ def size(path: str):
         data = stored(path)
         return None if data is None else len(data)
     with contextlib.suppress(OSError, VideoError):
-        return sum(map(os.path.getsize, frames.files_of(path))) or None
+        return sum(map(remote.size, frames.files_of(path))) or None
 
 
 def checksum(path: str, most: int | None = None):
@@ -83,9 +87,9 @@ def checksum(path: str, most: int | None = None):
     with contextlib.suppress(OSError, VideoError):
         files, found = frames.files_of(path), hashlib.sha1()
         for file in files[len(files) // 2:][:1] if most else files:
-            with open(file, "rb") as f:
+            with remote.open_binary(file) as f:
                 if most:
-                    f.seek(os.path.getsize(file) // 2)
+                    f.seek(remote.size(file) // 2)
                     found.update(f.read(most))
                 else:
                     hashlib.file_digest(f, lambda: found)
