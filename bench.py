@@ -478,7 +478,7 @@ def bench_prepare(args):
     paths = lists.read_videos(args.source)[0][:args.videos]
     ways = usual_way(paths) | {"ours": data.PretrainClips(paths, 16, (224, 224), 4).load}
     with tempfile.TemporaryDirectory() as folder:
-        for form in prepared.FORMS:
+        for form in prepared.DECODED:
             out, start = os.path.join(folder, form), time.process_time()
             settings = dict(form=form, sampling_rate=4, short_side=args.short_side, quality=2,
                             shard_videos=16)
@@ -493,7 +493,7 @@ def bench_prepare(args):
         size = sum(map(os.path.getsize, paths)) / len(paths)
         print(f"the files: {prepared.gb(1000 * size)} per 1000 videos")
         print_times(cpu_times(ways, len(paths), args.repeats))
-        for form in prepared.FORMS:
+        for form in prepared.DECODED:
             kept = os.path.join(folder, form)
             error = np.mean([kept_error(path, kept, args.short_side) for path in paths])
             quality = f"PSNR {10 * math.log10(255 ** 2 / error):.1f} dB" if error else "equal"

@@ -1,36 +1,27 @@
 """video/remote.py: members of tars and addresses read like the files that they are."""
 
 import contextlib
-import functools
 import gzip
-import http.server
-import importlib.util
 import io
 import os
 import sys
 import tarfile
-import threading
 import unittest.mock
 
-import numpy as np
+import av
 
 import eval as evaluate
 import finetune
 import pretrain
-from tests.common import (TUNE, Skip, call, difference, checkpoint, labelled, log_rows, mistake,
-                          numbered, odd_files, raises, run, test, tmp, toy_videos, write)
+from tests.common import (TUNE, answers, call, checkpoint, difference, labelled, log_rows, mistake,
+                          need_http, numbered, odd_files, raises, server, test, test_each, tmp,
+                          toy_videos, write)
 from video import decode, lists, prepared, remote, tools
 
 PRETRAIN = """--size tiny --patch_size 8 --img_size 16 --num_frames 4 --sampling_rate 1
     --mask_ratio 0.5 --max_steps 4 --warmup_epochs 0 --batch_size 4 --log_every 1 --device cpu
     --dtype fp32 --num_workers 0""".split()
 TEST = "--num_segments 2 --num_crops 1 --device cpu --num_workers 0".split()
-
-
-def need_fsspec():
-    """Skips a test of addresses where what reads them is not installed."""
-    if not all(map(importlib.util.find_spec, ("fsspec", "aiohttp"))):
-        raise Skip("pip install fsspec aiohttp to read addresses")
 
 
 def packed(name, paths, folder=""):
@@ -46,54 +37,6 @@ def moved(source, out, place):
     rows = zip(*lists.read_videos(source))
     lists.write_list(tmp(out), [(place(path), label) for path, label in rows])
     return tmp(out)
-
-
-class Server(http.server.SimpleHTTPRequestHandler):
-    """Files of tmp() over HTTP, byte ranges too; some of its answers break off."""
-
-    ranges, fails, sent, requests = True, 0, 0, 0
-
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        cls, path = type(self), self.translate_path(self.path)
-        cls.requests += 1
-        if not os.path.isfile(path):
-            return self.send_error(404)
-        data, total = open(path, "rb").read(), os.path.getsize(path)
-        wanted = self.headers.get("Range") if cls.ranges else None
-        self.send_response(206 if wanted else 200)
-        if wanted:
-            first, last = wanted.removeprefix("bytes=").split("-")
-            data = data[int(first):int(last) + 1]
-            self.send_header("Content-Range", f"bytes {first}-{last}/{total}")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if cls.fails:
-            cls.fails -= 1
-            data = data[:len(data) // 2]
-            self.close_connection = True
-        cls.sent += len(data)
-        self.wfile.write(data)
-
-
-@functools.cache
-def server():
-    """The class of a server's requests and its address."""
-    kind = type("OneServer", (Server,), {})
-    listens = http.server.ThreadingHTTPServer(("127.0.0.1", 0),
-                                              functools.partial(kind, directory=tmp()))
-    threading.Thread(target=listens.serve_forever, daemon=True).start()
-    return kind, f"http://127.0.0.1:{listens.server_port}"
-
-
-@contextlib.contextmanager
-def answers(**how):
-    """Context: the server answers so -> its class, which counts."""
-    kind, _ = server()
-    with unittest.mock.patch.multiple(kind, **dict(sent=0, requests=0, fails=0) | how):
-        yield kind
 
 
 def alike(path, other):
@@ -184,10 +127,12 @@ def test_wrong_tars():
     first, last = (odd_files()[kind] for kind in ("no B-frames", "MPEG-2"))
     whole = packed("whole.tar", [first, last])
     with tarfile.open(whole) as tar:
+        tar.getmembers()
         within = tar.getmember("x.mpg").offset_data + 2000
+        end = tar.offset
     data = open(whole, "rb").read()
     files = {"z.tar": gzip.compress(data), "z.tar.gz": gzip.compress(data), "none.tar": b"x" * 2000,
-             "empty.tar": b"", "cut.tar": data[:within]}
+             "empty.tar": b"", "cut.tar": data[:within], "endless.tar": data[:end]}
     for name, content in files.items():
         open(tmp(name), "wb").write(content)
     for name, words in (("z.tar::x.ts", "compressed: expected a plain .tar"),
@@ -196,7 +141,8 @@ def test_wrong_tars():
                         ("nowhere.tar::x.ts", "No such file"),
                         ("whole.tar::x.ts", "no such file among the 2 in the archive)"),
                         ("cut.tar::x.mpg", "the archive is cut off within it"),
-                        ("cut.tar::x.ts", "among the 2 in the archive, which is cut off)")):
+                        ("cut.tar::x.ts", "among the 2 in the archive, which is cut off)"),
+                        ("endless.tar::x.ts", "2 in the archive, which is cut off)")):
         with raises(f"{tmp(name)}: cannot be opened", words):
             prepared.open_video(tmp(name))
     alike(first, f"{tmp('cut.tar')}::{os.path.basename(first)}")  # what is there can be read
@@ -210,10 +156,10 @@ def test_runs_from_a_tar():
 
 
 def same_runs(name, place, workers=0):
-    """Asserts that runs on the videos of labelled(), each at place(path), are those on the files."""
+    """Asserts that runs on the videos of labelled(), each at place(path), are those of files."""
     train, val = labelled()
     there = [moved(source, f"{name}_{i}.tsv", place) for i, source in enumerate((train, val))]
-    out = lambda kind, where: tmp(f"{kind}_{where}")
+    out = lambda kind, where: tmp(f"{kind}_from_{where}")
     for where, (some, other) in dict(files=(train, val), **{name: there}).items():
         more = ["--num_workers", workers if where == name else 0]
         if os.path.exists(out("tune", where)):
@@ -221,9 +167,9 @@ def same_runs(name, place, workers=0):
         call(pretrain, *PRETRAIN, "--data", some, "--out_dir", out("pre", where), *more)
         call(finetune, *TUNE, "--data", some, "--val_data", other, "--out_dir", out("tune", where),
              *more)
-        call(evaluate, "--ckpt", tmp("tune_files", "last.pt"), "--data", other, *TEST, *more,
+        call(evaluate, "--ckpt", tmp("tune_from_files", "last.pt"), "--data", other, *TEST, *more,
              "--out_dir", out("test", where))
-        text = call(evaluate, "--ckpt", tmp("tune_files", "last.pt"), "--predict",
+        text = call(evaluate, "--ckpt", tmp("tune_from_files", "last.pt"), "--predict",
                     lists.read_videos(other)[0][2], "--device", "cpu", "--out_dir",
                     out("test", where))
         assert "class" in text
@@ -282,31 +228,46 @@ def test_what_passes_is_tried_again():
         assert sleep.call_count == 1  # 80 s have passed
 
 
-@test
-def test_a_lost_connection_is_no_end():
-    """Where reading breaks off anywhere in a file, it is named, and no frame is left out."""
-    for kind in ("B-frames, pyramid, long GOP", "MPEG transport stream", "AVI with B-frames",
+@test_each(["short", "long"])
+def test_a_lost_connection_is_no_end(length):
+    """Where reading breaks off anywhere, it is named; no frame is left out then, or later."""
+    keep = decode.KEEP_PACKETS if length == "short" else 0  # 0: as files over 64 MB are
+    shuffled, stamps = write("in order.mkv", numbered(), bf=2, g=12), tmp("shuffled.mkv")
+    with av.open(shuffled) as file, av.open(stamps, "w") as out:
+        stream = out.add_stream_from_template(file.streams.video[0])
+        for i, packet in enumerate(p for p in file.demux(video=0) if p.size):
+            packet.pts = packet.dts = 40 * i  # as copied from AVI
+            packet.stream = stream
+            out.mux(packet)
+    files = odd_files() | {"shuffled": stamps}
+    for kind in ("shuffled", "B-frames, pyramid, long GOP", "MPEG transport stream", "AVI with B-frames",
                  "short GOP, open", "VP8 with hidden frames"):
-        tar = packed("lost.tar", [odd_files()[kind]])
-        path, size = f"{tar}::{os.path.basename(odd_files()[kind])}", os.path.getsize(tar)
-        read, reached, block = remote.Part.read_block, [], -(-size // 20)
+        tar = packed("lost.tar", [files[kind]])
+        path, size = f"{tar}::{os.path.basename(files[kind])}", os.path.getsize(files[kind])
+        read, block, fetched = remote.Part.read_block, -(-size // 20), []
 
         def failing(part, i):
-            if part.name == path and i == broken:
-                reached.append(i)
-                raise OSError("connection lost")
+            if part.name == path and i not in part.held:
+                fetched.append(i)
+                if len(fetched) > left:
+                    raise OSError("connection lost")
             return read(part, i)
-        with in_blocks(block), unittest.mock.patch.object(remote.Part, "read_block", failing):
-            for broken in range(20):
-                reached.clear()
-                for use in (lambda: prepared.open_video(path).frames(range(40)),
-                            lambda: prepared.open_movie(path).at([0.5, 1.5])):
-                    try:
-                        use()
-                    except decode.VideoError as e:
-                        assert path in str(e) and "connection lost" in str(e), (kind, broken, e)
-                    else:
-                        assert not reached, (kind, broken)
+        with in_blocks(block), unittest.mock.patch.object(decode, "KEEP_PACKETS", keep):
+            for left in (0, 1, 2, 5, 11, 16, 20, 22, 23, 24, 25, 30, 35, 40, 44, 60, 100, 200):
+                decode.INDEX_CACHE.clear()
+                decode.SHUFFLED.clear()
+                with unittest.mock.patch.object(remote.Part, "read_block", failing):
+                    for use in (lambda: prepared.open_video(path).frames(range(40)),
+                                lambda: prepared.open_movie(path).at([0.5, 1.5])):
+                        fetched.clear()
+                        try:
+                            use()
+                        except decode.VideoError as e:
+                            assert path in str(e) and "connection lost" in str(e), (kind, left, e)
+                        else:
+                            assert len(fetched) <= left, (kind, left)
+                alike(files[kind], path)  # by what the process keeps of the file
+            assert len(fetched) <= left, kind  # it has come to the end
 
 
 @test
@@ -325,12 +286,12 @@ def test_fsspec_is_asked_for():
         lists.check_out("s3://bucket/x.tsv")
 
 
-# ---------------------------------------------------------------- addresses: need fsspec
+# ---------------------------------------------------------------- addresses
 
 @test
 def test_addresses():
     """Files, members and lists at file:// and http:// addresses are those on the disk."""
-    need_fsspec()
+    need_http()
     _, base = server()
     packed("far shard.tar", odd_files().values())
     for path in odd_files().values():
@@ -363,7 +324,7 @@ def test_addresses():
 @test
 def test_broken_connections():
     """An answer that breaks off is asked for again; one that always does is a broken video."""
-    need_fsspec()
+    need_http()
     _, base = server()
     path = odd_files()["B-frames, pyramid, long GOP"]
     address = f"{base}/{os.path.basename(path)}"
@@ -376,7 +337,7 @@ def test_broken_connections():
         with answers(), in_blocks(), prepared.open_video(address) as video:
             server()[0].fails = 99
             video.packets = None
-            video.source.blocks.cache_clear()
+            video.source.held.clear()
             with raises(f"{address}: ", "tried again and again"):
                 video.frames([20])
     with raises("http://127.0.0.1:9/x.mp4: cannot be opened", "tried again"), \
@@ -385,9 +346,42 @@ def test_broken_connections():
 
 
 @test
-def test_runs_from_addresses():
-    """Training, the test, prepared sets from file:// and HTTP: as from files; with workers, too."""
-    need_fsspec()
+def test_runs_from_file_addresses():
+    """Training, the test, prepared sets from file://: as from files; members, lists, too."""
+    import fsspec.implementations.local
+    same_runs("addresses", lambda path: f"file://{path}")
+    _, val = labelled()
+    tar = packed("at home.tar", odd_files().values())
+    for path in odd_files().values():
+        alike(path, f"file://{path}")
+        alike(path, f"file://{tar}::{os.path.basename(path)}")
+    assert lists.read_videos(f"file://{val}") == lists.read_videos(val)
+    paths = [f"file://{tmp()}/{name}.mp4" for name in ("plain", "is no file")]
+    assert not lists.missing(paths)
+    with raises(paths[1], "cannot be opened (no such file)"):
+        prepared.open_video(paths[1])
+    with raises(f"file://{tmp()}/none.csv: no such file"):
+        lists.read_videos(f"file://{tmp()}/none.csv")
+    far = moved(val, "far rows.tsv", lambda path: f"file://{path}")
+    paths, labels = lists.read_videos(far)
+    call(tools, "split", far, tmp("f1.tsv"), tmp("f2.tsv"), "--folds", 2)
+    assert sorted(sum((lists.read_videos(tmp(f"f{i}.tsv"))[0] for i in (1, 2)), [])) == (
+        sorted(paths))
+    assert [*lists.read_all([far], "elsewhere", "", outside=os.getcwd())[0]] == paths
+    whole, calls = fsspec.implementations.local.LocalFileSystem.cat_file, []
+
+    def short(files, place, **kw):
+        calls.append(place)
+        return whole(files, place, **kw)[:-1 if len(calls) < 3 else None]
+    with unittest.mock.patch.object(fsspec.implementations.local.LocalFileSystem, "cat_file",
+                                    short), unittest.mock.patch.object(remote.time, "sleep"):
+        alike(paths[0].removeprefix("file://"), paths[0])
+        assert len(calls) == 4  # two of them of the second reader
+
+
+@test
+def test_runs_over_http():
+    """Training, the test, prepared sets over HTTP, with workers: as from files."""
+    need_http()
     _, base = server()
-    same_runs("file", lambda path: f"file://{path}")
     same_runs("http", lambda path: f"{base}/toy_videos/{os.path.basename(path)}", workers=2)

@@ -100,7 +100,7 @@ class VideoReader:
     out frames that are neither wanted nor needed by others.
     """
 
-    at_once = KEEP_PACKETS  # bytes of a remote file that are fetched in one request
+    at_once = KEEP_PACKETS  # bytes: remote files up to this size are fetched in one request
     source = None  # what is read: a path, or a file of video/remote.py
     counted = False  # whether frames were decoded to count them
     options: dict = {}  # of the decoder
@@ -216,6 +216,7 @@ class VideoReader:
             self.order.sort(key=self.pts.__getitem__)
             base = float(self.stream.time_base or Fraction(1))
             self.times = np.array([self.pts[i] for i in self.order], float) * base
+        self.check_source()
         if not len(self.order):
             raise VideoError(f"{self.path}: holds no frame that can be decoded")
         if long:
@@ -276,6 +277,7 @@ class VideoReader:
             with contextlib.suppress(*AV_ERRORS):
                 for frame in self.decode(self.read(0, len(self.pts))):
                     stamps.append(frame.pts)
+            self.check_source()
             SHUFFLED[stamp] = any(a >= b for a, b in itertools.pairwise(stamps))
         return SHUFFLED[stamp]
 
@@ -524,14 +526,13 @@ class MovieReader(VideoReader):
             raise VideoError(f"{self.path}: {-seconds.max():.2f} s before its start were asked for")
         if self.order is None:
             try:
-                found = self.near(seconds)
+                if found := self.near(seconds):
+                    return found
+                self.reopen()
+                super().read_index()  # its time stamps cannot be relied on: all packets are read
             except (av.FFmpegError, OSError) as e:
-                start = seconds.min()
-                raise VideoError(f"{self.path}: damaged near {start:.2f} s ({self.why(e)})") from None
-            if found:
-                return found
-            self.reopen()
-            super().read_index()  # its time stamps cannot be relied on: all packets are read
+                where = f"damaged near {seconds.min():.2f} s"
+                raise VideoError(f"{self.path}: {where} ({self.why(e)})") from None
             self.tell_encoder()
         times = self.times - self.times[0]
         self.check_end(times[-1], seconds.min())

@@ -149,8 +149,9 @@ def read_videos(source: str, data_root: str = "",
 
 def read_rows(source: str, data_root: str, folders: bool):
     """-> what gives the (path, label) rows of read_videos."""
-    if os.path.isdir(source) and prepared.is_prepared(source):
-        source = os.path.normpath(source)
+    far = not is_media(os.path.basename(source)) and prepared.is_far(source.rstrip("/"))
+    if far or os.path.isdir(source) and prepared.is_prepared(source):
+        source = source.rstrip("/") if far else os.path.normpath(source)
         return ((f"{source}::{path}", label)
                 for path, label in prepared.read_index(source)["rows"])
     if os.path.isdir(source):
@@ -206,13 +207,17 @@ def read_list(source: str, data_root: str):
                 if row := parse_line(line.removesuffix("\n"), i, source):
                     path, label = row
                     joined = os.path.join(data_root, path.rstrip("/"))
-                    away = prepared.in_set(path) or remote.is_address(path)
-                    if not away or os.path.exists(joined):
-                        path = joined
+                    away = remote.is_address(path) and not os.path.exists(joined)
+                    if not prepared.in_set(path):
+                        path = path if away else joined
+                        if remote.is_address(path):
+                            remote.know(path[:path.index("://") + 3])
                     count, first = count + 1, first or path
                     numbers = numbers and re.fullmatch(r"\d+[\s,]+\d+", label or "")
                     there = there or prepared.exists(path)
                     yield path, label
+    except OSError as e:
+        raise ValueError(f"{source}: {e.strerror or e}") from None
     except UnicodeDecodeError as e:
         raise ValueError(f"{source}: not a text file ({e}); expected a list with a row "
                          "`path label` per video") from None

@@ -1,8 +1,8 @@
 """Videos that are no files by themselves: addresses, and members of tars.
 
 An address is PROTOCOL://..., whatever fsspec opens: s3://, https://, file://, ... A member is
-ARCHIVE.tar::NAME; its archive, an uncompressed tar, may lie on a disk or at an address. What exists
-on a disk under such a name is a file all the same.
+ARCHIVE.tar::NAME; its archive, an uncompressed tar, may lie on a disk or at an address. A file on a
+disk that has such a name is that file.
 """
 
 import functools
@@ -14,17 +14,17 @@ import time
 
 ADDRESS = re.compile(r"(?:\w+::)*[a-z][a-z0-9+.-]+://.", re.IGNORECASE)  # also cache::https://...
 MEMBER = re.compile(r"(.+?\.(?:tar|tar\.\w+|tgz))::(.+)", re.IGNORECASE | re.DOTALL)
-PROTOCOLS = re.compile(r"([\w+.-]+)(?:::|://)")  # of an address, one or several in a row
 COMPRESSED = b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"  # gzip, bzip2, xz, zstd
 PAUSES = 0.5, 1, 2, 4  # seconds before what has failed is tried again
 PATIENCE = 60  # seconds after which it is not
+AT_ONCE = 64 << 20  # bytes: a file up to this size is fetched in one request
 BLOCK = 1 << 20  # bytes of a large file that are fetched at once
 BLOCK_OF_TAR = 1 << 18  # while its members are looked for
 
 
 def is_address(path: str) -> bool:
     """Whether fsspec has to open it, or the archive that it is in."""
-    return "://" in path and bool(ADDRESS.match(path)) and not os.path.exists(path)
+    return "://" in path and bool(ADDRESS.match(path))
 
 
 def split(path: str) -> tuple[str, str]:
@@ -39,16 +39,17 @@ def is_remote(path: str) -> bool:
 
 
 @functools.cache
-def know(protocol: str):
-    """ValueError where fsspec, or what it needs for a protocol, is not installed."""
-    try:
-        import fsspec
-        fsspec.get_filesystem_class(protocol)
-    except ImportError as e:
-        lack = "`pip install fsspec`" if e.name == "fsspec" else f"another package ({e})"
-        raise ValueError(f"addresses {protocol}://... need {lack}") from None
-    except ValueError as e:
-        raise ValueError(f"{protocol}://... is no address that fsspec knows ({e})") from None
+def know(start: str):
+    """ValueError where what opens an address that starts so, up to ://, is not installed."""
+    for protocol in re.findall(r"([\w+.-]+)(?:::|://)", start):
+        try:
+            import fsspec
+            fsspec.get_filesystem_class(protocol)
+        except ImportError as e:
+            lack = "`pip install fsspec`" if e.name == "fsspec" else f"another package: {e}"
+            raise ValueError(f"addresses {protocol}://... need {lack}") from None
+        except ValueError as e:
+            raise ValueError(f"{protocol}://... is no address that fsspec knows ({e})") from None
 
 
 def exists(path: str) -> bool:
@@ -59,8 +60,7 @@ def exists(path: str) -> bool:
     """
     archive, name = split(path)
     if is_address(archive):
-        for protocol in PROTOCOLS.findall(archive, 0, archive.index("://") + 3):
-            know(protocol)
+        know(archive[:archive.index("://") + 3])
         return True
     return bool(name) and os.path.isfile(archive)
 
@@ -75,22 +75,23 @@ def retried(function, *args, **kwargs):
             e = e.__cause__ or e  # fsspec says "not found" of whatever went wrong over https
             status = getattr(e, "status", 0)  # of HTTP
             lasting = 400 <= status < 500 and status not in (408, 429) or isinstance(
-                e, (FileNotFoundError, IsADirectoryError, PermissionError, NotImplementedError))
+                e, (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError,
+                    NotImplementedError))
             if lasting or pause is None or time.monotonic() - start > PATIENCE:
                 tries = "" if lasting else ", tried again and again"
-                why = "no such file" if status == 404 or isinstance(e, FileNotFoundError) else (
-                    " ".join(f"{type(e).__name__}: {e}".split()))
-                raise OSError(why + tries) from None
+                if status == 404 or isinstance(e, (FileNotFoundError, NotADirectoryError)):
+                    raise FileNotFoundError("no such file") from None
+                raise OSError(" ".join(f"{type(e).__name__}: {e}{tries}".split())) from None
         time.sleep(pause)
 
 
 class Part(io.RawIOBase):
     """`size` bytes of a file from `start` on, as a file that can be sought in.
 
-    fetch(start, end) -> bytes of the whole file; block: so many (0: BLOCK) are fetched at once, the last
-    16 such kept. whole: up to this size all are fetched now. mtime: what tells the file from a
-    later one of its name. error: what ended the reading, None: nothing; from then on there is no
-    more to read, which FFmpeg takes for the file's end.
+    fetch(start, end) -> bytes of the whole file. block: so many (0: BLOCK) are fetched at once, and
+    the last 16 such kept. whole: up to this size all are fetched now. mtime: what tells the file
+    from a later one of its name. error: what ended the reading, None: nothing; from then on there
+    is no more to read, which FFmpeg takes for the file's end.
     """
 
     def __init__(self, name: str, fetch, start: int, size: int, mtime, block=0, whole=0):
@@ -99,16 +100,21 @@ class Part(io.RawIOBase):
         self.size, self.mtime, self.error = size, mtime, None
         self.fetch, self.start, self.place = fetch, start, 0
         self.block = max(1, size) if size <= whole else block or BLOCK
-        self.blocks = functools.lru_cache(16)(self.read_block)
+        self.held = {}  # number of a block -> its bytes
         if size <= whole:
-            self.blocks(0)
+            self.read_block(0)
 
     def read_block(self, i: int) -> bytes:
         """OSError where fewer bytes come than there should be."""
+        if i in self.held:
+            return self.held[i]
         start, end = i * self.block, min((i + 1) * self.block, self.size)
         data = self.fetch(self.start + start, self.start + end) if end else b""
         if len(data) != end - start:
             raise OSError(f"{len(data)} bytes instead of {end - start} from {start} on: cut off")
+        if len(self.held) == 16:
+            self.held.pop(next(iter(self.held)))
+        self.held[i] = data
         return data
 
     def readable(self):
@@ -129,7 +135,7 @@ class Part(io.RawIOBase):
             return 0
         i, offset = divmod(self.place, self.block)
         try:
-            data = memoryview(self.blocks(i))[offset:offset + len(buffer)]
+            data = memoryview(self.read_block(i))[offset:offset + len(buffer)]
         except OSError as e:
             self.error = e
             raise
@@ -229,7 +235,7 @@ def open_file(path: str, whole: int = 0) -> Part:
 
 def open_binary(path: str) -> io.BufferedReader:
     """Any file, on a disk too."""
-    return io.BufferedReader(open_file(path)) if is_remote(path) else open(path, "rb")
+    return io.BufferedReader(open_file(path, AT_ONCE)) if is_remote(path) else open(path, "rb")
 
 
 def size(path: str) -> int:
@@ -237,3 +243,15 @@ def size(path: str) -> int:
     if is_address(path):
         raise OSError("an address")
     return open_file(path).size if is_remote(path) else os.path.getsize(path)
+
+
+def copy(address: str, out: str):
+    """Fetches a whole file to a path on a disk; OSError where it cannot be."""
+    import fsspec
+    files, place = fsspec.core.url_to_fs(address)
+
+    def get():
+        files.get_file(place, out)
+        if files.info(place)["size"] not in (None, os.path.getsize(out)):
+            raise OSError("a part of it came")
+    retried(get)
