@@ -243,7 +243,8 @@ class Run(Process):
             # as an argument torch 2.13 warns of it, 2.11 has no other
             self.net.broadcast_buffers = any(isinstance(m, norms) for m in model.modules())
         if sampler is None:
-            sampler = self.sampler(train_set.paths, self.args.batch_size)
+            paths = getattr(train_set, "paths", [""] * self.samples)  # a fork's may have none
+            sampler = self.sampler(paths, self.args.batch_size)
         self.loader = make_loader(train_set, sampler, self.num_workers, self.device)
         self.same_on_all_ranks()
         self.saved, self.step = None, self.first_step
