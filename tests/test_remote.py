@@ -243,7 +243,8 @@ def test_a_lost_connection_is_no_end(length):
     for kind in ("shuffled", "B-frames, pyramid, long GOP", "MPEG transport stream", "AVI with B-frames",
                  "short GOP, open", "VP8 with hidden frames"):
         tar = packed("lost.tar", [files[kind]])
-        path, size = f"{tar}::{os.path.basename(files[kind])}", os.path.getsize(files[kind])
+        path = f"{tar}::{os.path.basename(files[kind])}"
+        size = os.path.getsize(files[kind])
         read, block, fetched = remote.Part.read_block, -(-size // 20), []
 
         def failing(part, i):
@@ -311,7 +312,8 @@ def test_addresses():
     open(tmp("far list.csv"), "w").write(f"{base}/a b.mp4,x\nplain.mp4,y\n")
     paths, labels = lists.read_videos(f"{base}/far%20list.csv", base)
     assert paths == [f"{base}/a b.mp4", f"{base}/plain.mp4"] and labels == ["x", "y"]
-    for name, words in ((f"{base}/none.mp4", "no such file"), (f"{base}/no.tar::a", "no such file"),
+    for name, words in ((f"{base}/absent.mp4", "no such file"),
+                        (f"{base}/absent.tar::a", "no such file"),
                         (f"{base}/far%20shard.tar::a.mp4", "no such file among the 16"),
                         (f"file://{tmp()}", "is a folder"),
                         ("foo://x/y.mp4", "foo://... is no address that fsspec knows")):
