@@ -240,8 +240,8 @@ def test_a_lost_connection_is_no_end(length):
             packet.stream = stream
             out.mux(packet)
     files = odd_files() | {"shuffled": stamps}
-    for kind in ("shuffled", "B-frames, pyramid, long GOP", "MPEG transport stream", "AVI with B-frames",
-                 "short GOP, open", "VP8 with hidden frames"):
+    for kind in ("shuffled", "B-frames, pyramid, long GOP", "MPEG transport stream",
+                 "AVI with B-frames", "short GOP, open", "VP8 with hidden frames"):
         tar = packed("lost.tar", [files[kind]])
         path = f"{tar}::{os.path.basename(files[kind])}"
         size = os.path.getsize(files[kind])
