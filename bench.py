@@ -547,7 +547,7 @@ def bench_prepare(args):
     paths = lists.read_videos(args.source)[0][:args.videos]
     ways = usual_way(paths) | {"ours": data.PretrainClips(paths, 16, (224, 224), 4).load}
     with tempfile.TemporaryDirectory() as folder:
-        for form in prepared.FORMS:
+        for form in prepared.DECODED:
             out, start = os.path.join(folder, form), time.process_time()
             ready = prepare(paths, out, form, args.short_side)
             seconds = (time.process_time() - start) / len(paths)

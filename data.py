@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from lib.feed import Samples
-from video import prepared
+from video import prepared, remote
 from video.augment import erase_box, rand_augment, random_resized_crop, view
 from video.decode import KEEP_PACKETS, VideoError, nearest, resize, short_side
 from video.lists import refuse_pictures
@@ -108,7 +108,7 @@ def repeats(paths: list[str], num_frames: int, span: int, fps: float | None = No
     start = time.monotonic()
     for i in np.random.default_rng(0).permutation(len(paths))[:32] if looked else ():
         with contextlib.suppress(VideoError, OSError):
-            if not prepared.in_set(paths[i]) and os.path.getsize(paths[i]) > KEEP_PACKETS:
+            if not prepared.in_set(paths[i]) and remote.size(paths[i]) > KEEP_PACKETS:
                 found.append(math.inf)  # surely long: its packets are not read for this
             elif time.monotonic() - start < seconds:
                 with open_video(paths[i]) as video:

@@ -149,7 +149,7 @@ def main():
     # ---- optimiser
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=run.lr,
                                   betas=(0.9, args.beta2), fused=run.fused)
-    sampler = MixedBatches(run.sampler(len(paths), args.batch_size), None)
+    sampler = MixedBatches(run.sampler(paths, args.batch_size), None)
     net = run.start(model, optimizer, train_set, sampler)
     keys = args.batch_size * run.world
     chance = 4 * args.temperature * math.log(keys)

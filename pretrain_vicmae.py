@@ -180,8 +180,8 @@ def main():
     # ---- optimiser
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=run.lr,
                                   betas=(0.9, args.beta2), fused=run.fused)
-    sampler = MixedBatches(run.sampler(len(paths), num_videos) if paths else None,
-                           run.sampler(len(images), num_images) if images else None)
+    sampler = MixedBatches(run.sampler(paths, num_videos) if paths else None,
+                           run.sampler(images, num_images) if images else None)
     net = run.start(model, optimizer, train_set, sampler)
     negatives = 2 * args.batch_size * run.world - 2
     chance = math.log(negatives + 1)

@@ -13,6 +13,8 @@ import torch
 
 from video.decode import VideoError
 
+WINDOW = 8  # shards of the form `files` whose samples are mixed
+
 
 # ---- samples ----
 
@@ -68,11 +70,15 @@ class Batches:
     Step s takes `accum` * `world` batches; this rank's are yielded in order. So 1 rank x 2B, 2
     ranks x B and 2 accumulated x B see the same samples, sets smaller than a batch work, and a
     resumed run starts at any step.
+
+    shards (n,): the shard that each sample is read from, -1: none, of prepared.shards. The shards
+    are permuted then, and the samples within WINDOW of them, so that few are read from at a time;
+    those of none are spread over all windows.
     """
 
     def __init__(self, n: int, batch_size: int, accum: int, rank: int, world: int,
-                 first_step: int, last_step: int, seed: int):
-        self.n, self.batch_size, self.accum = n, batch_size, accum
+                 first_step: int, last_step: int, seed: int, shards: np.ndarray | None = None):
+        self.n, self.batch_size, self.accum, self.shards = n, batch_size, accum, shards
         self.rank, self.world = rank, world
         self.first_step, self.last_step, self.seed = first_step, last_step, seed
 
@@ -88,10 +94,19 @@ class Batches:
                 epoch, i = divmod(p, self.n)
                 if epoch not in orders:
                     orders = {e: order for e, order in orders.items() if e >= epoch - 1}
-                    rng = np.random.default_rng([self.seed, epoch])
-                    orders[epoch] = rng.permutation(self.n)
+                    orders[epoch] = self.permutation(epoch)
                 batch.append((epoch, int(orders[epoch][i])))
             yield batch
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """(n,) the order of an epoch's samples."""
+        rng = np.random.default_rng([self.seed, epoch])
+        if self.shards is None:
+            return rng.permutation(self.n)
+        window = rng.permutation(self.shards.max() + 1) // WINDOW  # of each shard
+        anywhere = rng.integers(window.max() + 1, size=self.n)
+        return np.lexsort((rng.random(self.n),
+                           np.where(self.shards < 0, anywhere, window[self.shards])))
 
 
 class MixedBatches:

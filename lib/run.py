@@ -43,6 +43,7 @@ from lib.checkpoint import host_copy, read_checkpoint, read_rows, write_rows, wr
 from lib.feed import Batches, Waiting, make_loader, send
 from lib.optim import guarded_step, load_optimizer
 from lib.process import Process
+from video.prepared import shards
 
 MAX_NONFINITE = 20  # steps in a row with a non-finite gradient before the run gives up
 
@@ -220,10 +221,10 @@ class Run(Process):
         self.rows = read_rows(self.log_file, self.first_step)
         return saved
 
-    def sampler(self, samples: int, batch_size: int) -> Batches:
-        """This rank's batches out of so many samples, from where the run stands to its end."""
-        return Batches(samples, batch_size, self.accum_steps, self.rank, self.world,
-                       self.first_step, self.total_steps, self.args.seed)
+    def sampler(self, paths, batch_size: int) -> Batches:
+        """This rank's batches of videos, from where the run stands to its end."""
+        return Batches(len(paths), batch_size, self.accum_steps, self.rank, self.world,
+                       self.first_step, self.total_steps, self.args.seed, shards(paths))
 
     def start(self, model, optimizer, train_set, sampler=None):
         """-> what the loop calls in the model's place: on the device, compiled, in DDP.
@@ -239,7 +240,8 @@ class Run(Process):
             self.load(model)
         self.net = wrap(model, self, self.args.compile)
         if sampler is None:
-            sampler = self.sampler(self.samples, self.args.batch_size)
+            paths = getattr(train_set, "paths", [""] * self.samples)  # a fork's may have none
+            sampler = self.sampler(paths, self.args.batch_size)
         self.loader = make_loader(train_set, sampler, self.num_workers, self.device)
         self.same_on_all_ranks()
         self.saved, self.step = None, self.first_step

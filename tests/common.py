@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import http.server
 import importlib
+import importlib.util
 import io
 import json
 import os
@@ -11,6 +13,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import unittest.mock
 from fractions import Fraction
 
 import av
@@ -237,6 +241,65 @@ def tiny_ava():
     for name, videos in (("train", "abc"), ("val", "abde")):
         open(tmp("ava", f"{name}.csv"), "w").writelines(r for r in rows if r[0] in videos)
     return tmp("ava")
+
+
+# ---------------------------------------------------------------- addresses
+
+def need_http():
+    """Skips a test where what reads http:// is not installed; fsspec itself comes with torch."""
+    if not all(map(importlib.util.find_spec, ("fsspec", "aiohttp", "requests"))):
+        raise Skip("pip install aiohttp requests to read http:// addresses")
+
+
+class Server(http.server.SimpleHTTPRequestHandler):
+    """Files of tmp() over HTTP, byte ranges too; some of its answers break off."""
+
+    ranges, fails, sent, requests = True, 0, 0, 0
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        cls, path = type(self), self.translate_path(self.path)
+        cls.requests += 1
+        if not os.path.isfile(path):
+            return self.send_error(404)
+        total = os.path.getsize(path)
+        first, last = 0, total - 1
+        wanted = self.headers.get("Range") if cls.ranges else None
+        self.send_response(206 if wanted else 200)
+        if wanted:
+            first, last = map(int, wanted.removeprefix("bytes=").split("-"))
+            self.send_header("Content-Range", f"bytes {first}-{last}/{total}")
+        with open(path, "rb") as f:
+            f.seek(first)
+            data = f.read(last + 1 - first)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if cls.fails:
+            cls.fails -= 1
+            data = data[:len(data) // 2]
+            self.close_connection = True
+        cls.sent += len(data)
+        self.wfile.write(data)
+
+
+@functools.cache
+def server():
+    """The class of a server's requests and its address."""
+    kind = type("OneServer", (Server,), {})
+    listens = http.server.ThreadingHTTPServer(("127.0.0.1", 0),
+                                              functools.partial(kind, directory=tmp()))
+    threading.Thread(target=listens.serve_forever, daemon=True).start()
+    return kind, f"http://127.0.0.1:{listens.server_port}"
+
+
+@contextlib.contextmanager
+def answers(**how):
+    """Context: the server answers so -> its class, which counts."""
+    kind, _ = server()
+    with unittest.mock.patch.multiple(kind, **dict(sent=0, requests=0, fails=0) | how):
+        yield kind
 
 
 # ---------------------------------------------------------------- scripts

@@ -5,6 +5,7 @@ import sys
 import time
 import unittest.mock
 
+import numpy as np
 import torch
 
 from lib import feed
@@ -21,6 +22,34 @@ def test_batches():
     assert [sorted(i for e, i in one if e == epoch) for epoch in range(3)] == [list(range(7))] * 3
     assert one == sum(stream(2, 1, 2), []) == sum(stream(2, 2, 1), []) == sum(stream(1, 2, 2), [])
     assert one[8:] == sum(stream(4, 1, 1, first=2), []) and one[:7] != [(0, i) for i in range(7)]
+
+
+@test
+def test_batches_of_shards():
+    """Epochs are permutations, few shards at a time; ranks, later starts as of other batches."""
+    n, size = 1000, 10
+    shards = np.arange(n) // size
+    def stream(b, world, first=0, last=300, shards=shards):
+        ranks = [feed.Batches(n, b, 1, r, world, first, last, 3, shards) for r in range(world)]
+        return sum((sum(batches, []) for batches in zip(*ranks, strict=True)), [])
+    one = stream(8, 1)
+    assert one == stream(4, 2) == stream(2, 4) and one[80:] == stream(8, 1, first=10)
+    orders = [[i for e, i in one if e == epoch] for epoch in range(2)]
+    assert all(sorted(order) == list(range(n)) for order in orders) and orders[0] != orders[1]
+    for order in orders:
+        for start in range(0, n, feed.WINDOW * size):
+            some = shards[order[start:start + feed.WINDOW * size]]
+            assert len(set(some)) == min(feed.WINDOW, len(some) // size)
+            assert (np.diff(some) != 0).mean() > 0.5, "mixed within a window"
+        runs = shards[order][::feed.WINDOW * size]
+        assert (np.diff(runs) < 0).any() and (np.diff(runs) > 0).any(), "shards are permuted"
+    mixed = np.where(np.arange(n) % 2, shards, -1)  # every other sample is of no shard
+    order = [i for e, i in stream(8, 1, shards=mixed) if e == 0]
+    assert sorted(order) == list(range(n))
+    share = [np.mean(mixed[order[i:i + 100]] < 0) for i in range(0, n, 100)]
+    assert 0.25 < min(share) and max(share) < 0.75
+    plain = [np.random.default_rng([3, epoch]).permutation(n) for epoch in range(3)]
+    assert stream(8, 1, last=250, shards=None) == [(e, i) for e in range(2) for i in plain[e]]
 
 
 @test

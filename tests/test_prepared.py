@@ -6,19 +6,24 @@ import io
 import os
 import re
 import shutil
+import tarfile
 import time
 import types
+import unittest.mock
 
 import numpy as np
 import torch
 
 import data
+import eval as evaluate
 import finetune
+import pretrain
+from lib import feed
 from lib.views import TestVideos
-from tests.common import (TUNE, call, checkpoint, difference, kill_tree, labelled, mistake,
-                          numbered, numbers, odd_files, raises, start, test, tmp, toy_videos,
-                          tune_data, write)
-from video import lists, prepared, tools
+from tests.common import (TUNE, answers, call, checkpoint, difference, kill_tree, labelled, mistake,
+                          need_http, numbered, numbers, odd_files, raises, run, server, start,
+                          test, test_each, tmp, toy_videos, tune_data, write)
+from video import lists, pictures, prepared, tools
 
 
 def prepare(name, source, *args):
@@ -129,15 +134,118 @@ def test_clips_of_a_prepared_set_are_those_of_its_files():
     assert (shown == np.concatenate(starts)).all()
 
 
+@functools.cache
+def files_set():
+    """The set of prepared_files()'s list of the form `files`, in five shards."""
+    return prepare("set_files", prepared_files()[0], "--form", "files", "--shard_videos", 4)
+
+
 @test
-def test_preparing_goes_on_after_a_kill():
+def test_files_packed_as_they_are():
+    """The form `files` holds each file's bytes in tars, and reads like it; failures are named."""
+    listed, _ = prepared_files()
+    folder, said = files_set()
+    assert "18 videos, as they are: files about" in said and "2 not readable" in said
+    paths, labels = lists.read_videos(listed)
+    inside, same = lists.read_videos(folder)
+    assert inside == [f"{folder}::{path}" for path in paths] and same == labels
+    for path, stored in zip(paths[:-2], inside):
+        assert prepared.length(stored) == 40
+        with prepared.open_video(path) as video, prepared.open_video(stored) as ready:
+            assert (ready.times == video.times).all()
+            wanted = [17, 3, 3, 39, *range(40)]
+            assert (ready.frames(wanted) == video.frames(wanted)).all(), path
+            assert video.pictures([0])[0].shape[:2] == prepared.find(stored)[1:3]
+        with prepared.open_movie(path) as video, prepared.open_movie(stored) as ready:
+            for a, b in zip(video.at([0.4, 1.2]), ready.at([0.4, 1.2])):
+                assert (a == b).all(), path
+    for path, why in ((inside[-2], "half.mp4"), (inside[-1], "no such file")):
+        with raises(path, "when the set was prepared"):
+            prepared.open_video(path)
+    contents = []
+    for i in range(5):
+        with tarfile.open(os.path.join(folder, f"00000{i}.tar")) as tar:
+            contents += [tar.extractfile(member).read() for member in tar]
+    assert contents == [open(path, "rb").read() for path in paths[:-2]]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert tools.main(["check", folder, "--num_workers", "1", "--full"]) == 1
+    assert "16 of 18 files can be read, 640 frames; every frame was decoded; checksums" in (
+        out.getvalue()), out.getvalue()
+    damaged = tmp("files_damaged")
+    shutil.copytree(folder, damaged)
+    with open(os.path.join(damaged, "000000.tar"), "r+b") as f:
+        f.seek(prepared.read_index(folder)["videos"][paths[1]][4] + 50)
+        f.write(b"x")
+    os.truncate(os.path.join(damaged, "000001.tar"), 1000)
+    text = checked(damaged)
+    assert text.count("(checksum)") == 1 and text.count("is cut off") == 4, text
+    for args, words in ((["--quality", 3], "leave out --sampling_rate"),
+                        (["--shard_videos", 5], "shard_videos is 4, not 5")):
+        assert words in mistake(tools, "prepare", listed, folder, "--form", "files", *args)
+    many, text = prepare("set_many", listed, "--form", "files")  # 256 MB hold all
+    assert [name for name in os.listdir(many) if name.endswith(".tar")] == ["000000.tar"]
+    assert set(prepared.read_index(many)["failed"]) == set(paths[-2:])
+    os.makedirs(tmp("of_pictures", "clip"))
+    for i in range(3):
+        pictures.write_png(tmp("of_pictures", "clip", f"{i}.png"), np.zeros((8, 8, 3), np.uint8))
+    assert "1 of 1 videos are folders" in mistake(tools, "prepare", tmp("of_pictures"), tmp("none"),
+                                                  "--form", "files")
+
+
+@test
+def test_runs_on_packed_files():
+    """Training draws shards in windows, ranks and a resumed run alike; the test is the files'."""
+    train, val = labelled()
+    sets = [prepare(f"packed_{os.path.basename(p)}", p, "--form", "files", "--shard_videos", 2)[0]
+            for p in (train, val)]
+    args = ["--data", sets[0], *"""--size tiny --patch_size 8 --img_size 16 --num_frames 4
+        --sampling_rate 1 --mask_ratio 0.5 --max_steps 6 --warmup_epochs 0 --lr 1e-2 --log_every 1
+        --save_every 2 --device cpu --dtype fp32 --num_workers 0 --batch_size""".split()]
+    one, two, killed = (tmp(f"{name}_packed") for name in ("one", "two", "killed"))
+    with unittest.mock.patch("lib.run.Batches", wraps=feed.Batches) as made:
+        call(pretrain, *args, 4, "--out_dir", one)
+    assert made.call_args.args[-1].tolist() == [i // 2 for i in range(12)]  # shards
+    run("pretrain.py", *args, 2, "--out_dir", two, ranks=2)
+    process = start("pretrain.py", *args, 4, "--out_dir", killed)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            kill_tree(process.pid)
+            break
+    text = process.communicate()[0] + run("pretrain.py", *args, 4, "--out_dir", killed)
+    assert "resumed" in text and "at step 2" in text
+    for other, most in ((two, 2e-5), (killed, 1e-6)):
+        assert difference(*(checkpoint(x)["model"] for x in (one, other))) < most
+    out = tmp("by_packed")
+    text = call(finetune, *TUNE, "--data", sets[0], "--val_data", sets[1], "--out_dir", out)
+    assert "5 of the 5 validation videos are also trained on" in text
+    scores = []
+    for source in (val, sets[1]):
+        text = call(evaluate, "--ckpt", os.path.join(out, "last.pt"), "--data", source,
+                    "--num_segments", 2, "--num_crops", 1, "--device", "cpu", "--num_workers", 0,
+                    "--out_dir", tmp("tested_packed"))
+        with open(tmp("tested_packed", "predictions.csv")) as f:
+            scores.append([line.split(",", 1)[1] for line in f.read().splitlines()])
+    assert scores[0] == scores[1]
+    paths = lists.read_videos(sets[0])[0]
+    assert prepared.shards(paths).tolist() == [i // 2 for i in range(12)]
+    other = lists.read_videos(train)[0]
+    assert prepared.shards([other[0], *paths[:3]]).tolist() == [-1, 0, 0, 1]
+    assert prepared.shards(other) is None
+
+
+@test_each(["compact", "files"])
+def test_preparing_goes_on_after_a_kill(form):
     """SIGKILL after the first shards; the same command ends with an undisturbed run's bytes."""
     listed, sets = prepared_files()
-    whole, out = sets["compact", 3], tmp("set_killed")
-    args = ["--form", "compact", "--sampling_rate", 3, "--shard_videos", 4]
+    args = ["--form", form, "--shard_videos", 4]
+    if form == "files":
+        whole, out, ending = files_set()[0], tmp("files_killed"), "tar"
+    else:
+        whole, out, ending = sets["compact", 3], tmp("set_killed"), "compact"
+        args += ["--sampling_rate", 3]
     for k, kill in enumerate((lambda: kill_tree(process.pid), lambda: process.terminate())):
         process = start("data.py", "prepare", listed, out, "--num_workers", 1 + k, *args)
-        while not os.path.exists(os.path.join(out, f"00000{k}.compact.json")):
+        while not os.path.exists(os.path.join(out, f"00000{k}.{ending}.json")):
             time.sleep(0.01)
             assert process.poll() is None
         kill()
@@ -147,10 +255,10 @@ def test_preparing_goes_on_after_a_kill():
     assert not os.path.exists(os.path.join(out, "index.json"))
     with raises("has not finished"):
         lists.read_videos(out)
-    text = prepare("set_killed", listed, *args)[1]
+    text = prepare(os.path.basename(out), listed, *args)[1]
     assert "from before" in text and "2 not readable" in text
     assert "gone, away.mp4: no such file" in text
-    for name in ("index.json", *(f"00000{i}.compact" for i in range(5))):
+    for name in ("index.json", *(f"00000{i}.{ending}" for i in range(5))):
         killed, undisturbed = (open(os.path.join(f, name), "rb").read() for f in (out, whole))
         assert killed == undisturbed, name
     assert not [f for f in os.listdir(out) if f.endswith(".part")]
@@ -226,3 +334,55 @@ def test_damaged_and_misused_sets():
     assert "settings.json: damaged" in mistake(tools, "prepare", tmp("two.tsv"), two)
     with raises("no/x: cannot be written (No such file or directory)"):
         prepared.write_json(tmp("no", "x"), {})
+
+
+@test
+def test_sets_at_addresses():
+    """A set of files at file://, HTTP: the same run; each shard is fetched once, few are kept."""
+    need_http()
+    kind, base = server()
+    folder, out = files_set()[0], tmp("near")
+    train, _ = labelled()
+    packed = prepare("far_train", train, "--form", "files", "--shard_videos", 2)[0]
+    args = ["--data", packed, *"""--size tiny --patch_size 8 --img_size 16 --num_frames 4
+        --sampling_rate 1 --mask_ratio 0.5 --max_steps 6 --warmup_epochs 0 --log_every 1
+        --device cpu --dtype fp32 --batch_size 4""".split()]
+    call(pretrain, *args, "--num_workers", 0, "--out_dir", tmp("here_packed"))
+    with unittest.mock.patch.dict(os.environ, VIDEOMAE_CACHE=out):
+        for place, name in ((f"file://{tmp()}", "file"), (base, "http")):
+            args[1] = f"{place}/far_train/"
+            with answers() as seen:
+                call(pretrain, *args, "--num_workers", 2, "--out_dir", tmp(f"{name}_packed"))
+                assert seen.requests == (0 if name == "file" else 6 + 1), seen.requests
+            assert difference(*(checkpoint(tmp(f"{x}_packed"))["model"]
+                                for x in ("here", name))) == 0
+        assert sum(name.endswith(".tar") for name in os.listdir(out)) == 12
+        assert not [name for name in os.listdir(out) if name.endswith(".part")]
+        address = f"{base}/{os.path.basename(folder)}"
+        inside, labels = lists.read_videos(address)
+        assert labels == lists.read_videos(folder)[1] and not lists.missing(inside)
+        assert inside[0] == f"{address}::{lists.read_videos(folder)[0][0].split('::')[1]}"
+        with unittest.mock.patch.object(prepared, "KEPT", 3):
+            for stored, path in zip(lists.read_videos(folder)[0][:-2], inside):
+                with prepared.open_video(stored) as a, prepared.open_video(path) as b:
+                    assert (a.frames([3, 30]) == b.frames([3, 30])).all()
+            kept = [name for name in os.listdir(out) if name.endswith(".tar")]
+            last = {name.split("-")[1] for name in kept}
+            assert len(kept) == 3 and last == {f"00000{i}.tar" for i in (1, 2, 3)}, kept
+            assert all(map(os.path.exists, prepared.MAPS))  # none holds what was removed
+            for i in (4, 0):  # of the oldest shard; of one that has gone
+                prepared.open_video(inside[i])
+            last = {name.split("-")[1] for name in os.listdir(out) if name.endswith(".tar")}
+            assert last == {f"00000{i}.tar" for i in (0, 1, 3)}, last
+        call(tools, "split", address, tmp("far1.tsv"), tmp("far2.tsv"))
+        assert set(lists.read_videos(tmp("far2.tsv"))[0]) < set(inside)
+        text = run("data.py", "check", address, "--num_workers", 2, ok=False)
+        assert "16 of 18 files can be read" in text, text  # by workers that had no index yet
+    open(tmp("no_folder"), "w").close()
+    with unittest.mock.patch.dict(os.environ, VIDEOMAE_CACHE=tmp("no_folder")), \
+            raises(inside[0], "000000.tar: File exists"):
+        prepared.open_video(inside[0])
+    raw = prepared_files()[1]["raw", 3]
+    with raises("at an address a set has to be of the form files"):
+        lists.read_videos(f"{base}/{os.path.basename(raw)}")
+    assert "expected a folder on a disk" in mistake(tools, "prepare", train, f"{base}/set")

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from av.video.frame import PictureType
 
+from video import remote
+
 # files up to this size (bytes) are read into memory once; longer movies are sought in
 KEEP_PACKETS = 64 << 20
 AV_ERRORS = (av.FFmpegError, OSError, ValueError)  # what PyAV raises for files that are broken
@@ -118,6 +120,8 @@ class VideoReader:
     needed by others.
     """
 
+    at_once = KEEP_PACKETS  # bytes: remote files up to this size are fetched in one request
+    source = None  # what is read: a path, or a file of video/remote.py
     counted = False  # whether frames were decoded to count them
     options: dict = {}  # of the decoder
 
@@ -127,13 +131,7 @@ class VideoReader:
         antialias: how frames are brought to it, as in `resize`.
         """
         self.path, self.size_of, self.antialias = path, size_of, antialias
-        if not os.path.isfile(path):
-            why = "not a file" if os.path.exists(path) else "no such file"
-            raise VideoError(f"{path}: {why}")
-        try:
-            self.container = av.open(path, metadata_errors="ignore")
-        except AV_ERRORS as e:
-            raise VideoError(f"{path}: cannot be opened ({reason(e)})") from None
+        self.open_container()
         try:
             self.open_stream()
             self.read_index()
@@ -143,7 +141,27 @@ class VideoReader:
             raise
         except AV_ERRORS as e:
             self.container.close()
-            raise VideoError(f"{path}: {reason(e)}") from None
+            raise VideoError(f"{path}: {self.why(e)}") from None
+
+    def open_source(self):
+        """-> what av.open takes, mtime: what tells a file from a later one of its name."""
+        if os.path.isfile(self.path):
+            return self.path, os.path.getmtime(self.path)
+        if not remote.is_remote(self.path):
+            why = "not a file" if os.path.exists(self.path) else "no such file"
+            raise VideoError(f"{self.path}: {why}")
+        file = remote.open_file(self.path, self.at_once)
+        return file, file.mtime
+
+    def open_container(self):
+        """Sets container, source and mtime."""
+        try:
+            self.source, self.mtime = self.open_source()
+            self.container = av.open(self.source, metadata_errors="ignore")
+        except VideoError:
+            raise
+        except AV_ERRORS as e:
+            raise VideoError(f"{self.path}: cannot be opened ({self.why(e)})") from None
 
     def open_stream(self):
         """Sets stream, codec, and rate: frames per second, as the container says."""
@@ -189,7 +207,7 @@ class VideoReader:
         """
         size = self.container.size or 0
         long = size > KEEP_PACKETS
-        stamp = (self.path, size, os.path.getmtime(self.path)) if long else None
+        stamp = (self.path, size, self.mtime) if long else None
         if stamp in INDEX_CACHE:
             self.packets = None
             self.pts, self.keys, self.order, self.counted, self.times = INDEX_CACHE[stamp]
@@ -218,6 +236,7 @@ class VideoReader:
             self.order.sort(key=self.pts.__getitem__)
             base = float(self.stream.time_base or Fraction(1))
             self.times = np.array([self.pts[i] for i in self.order], float) * base
+        self.check_source()
         if not len(self.order):
             raise VideoError(f"{self.path}: holds no frame that can be decoded")
         if long:
@@ -238,8 +257,10 @@ class VideoReader:
             return None
         start, stop = min(e.pos for e in entries), max(e.pos + e.size for e in entries)
         found, options = [], {"fflags": "noparse+nofillin", "probesize": "32"}
-        with contextlib.suppress(*AV_ERRORS), open(self.path, "rb", 0) as file:
-            with av.open(Hollow(file, start, stop), format="mov", options=options) as hollow:
+        with contextlib.suppress(*AV_ERRORS):
+            source, _ = self.open_source()
+            file = open(source, "rb", 0) if isinstance(source, str) else source
+            with file, av.open(Hollow(file, start, stop), format="mov", options=options) as hollow:
                 for stream in hollow.streams:
                     if stream.index != self.stream.index:
                         stream.discard = av.stream.Discard.all
@@ -309,7 +330,7 @@ class VideoReader:
         alike = any(b - a > 3 and not any(apart[a:b]) for a, b in itertools.pairwise(ends))
         if not self.codec.has_b_frames or not (ascending or alike):
             return False
-        stamp = self.path, len(self.pts), os.path.getmtime(self.path)
+        stamp = self.path, len(self.pts), self.mtime
         if stamp not in SHUFFLED:
             SHUFFLED[stamp] = not self.decodes_in_order(self.read(0, len(self.pts)))
         return SHUFFLED[stamp]
@@ -320,6 +341,7 @@ class VideoReader:
         with contextlib.suppress(*AV_ERRORS):
             for frame in self.decode(numbered):
                 stamps.append(frame.pts)
+        self.check_source()
         return all(a < b for a, b in itertools.pairwise(stamps))
 
     def demux(self, container=None, stream=None):
@@ -327,17 +349,27 @@ class VideoReader:
         locked = "enc_key_id" in self.stream.metadata  # Matroska; MP4 says it of each packet
         try:
             for packet in (container or self.container).demux(stream or self.stream):
+                self.check_source()
                 if locked or packet.has_sidedata("encryption_info"):
                     raise VideoError(f"{self.path}: is encrypted")
                 if packet.size:
                     yield packet
         except av.EOFError:  # some demuxers raise it where the file was cut off
-            return
+            self.check_source()
+
+    def check_source(self):
+        """VideoError where a connection was lost, which FFmpeg may have taken for the end."""
+        if getattr(self.source, "error", None):
+            raise VideoError(f"{self.path}: {self.why()}")
+
+    def why(self, error: Exception | None = None) -> str:
+        """The reason of an error, which may be that of a lost connection."""
+        return reason(getattr(self.source, "error", None) or error)
 
     def reopen(self):
         """Back to the first packet, which not every container can seek to."""
         self.container.close()
-        self.container = av.open(self.path, metadata_errors="ignore")
+        self.open_container()
         self.open_stream()
 
     def count_frames(self):
@@ -492,7 +524,7 @@ class VideoReader:
     def damaged(self, last: int, error: Exception) -> VideoError:
         """What to raise where decoding failed after frame `last`; -1: before the first wanted."""
         where = f"damaged after frame {last}" if last >= 0 else "no frame could be decoded"
-        return VideoError(f"{self.path}: {where} ({reason(error)})")
+        return VideoError(f"{self.path}: {where} ({self.why(error)})")
 
     def alike(self, found: dict, indices) -> list[np.ndarray]:
         """[found[i] for i in indices]; in a stream that changes its size, as large as the first."""
@@ -529,10 +561,12 @@ class MovieReader(VideoReader):
     Seconds count from the first picture, whatever time stamp the file gives it.
     """
 
+    at_once = 4 << 20
+
     def read_index(self):
         """Finds the first picture's time stamp; where there is none, as VideoReader does it."""
         self.order, self.packets = None, None
-        stamp = self.path, os.path.getmtime(self.path)
+        stamp = self.path, self.mtime
         if self.guesses_times():
             return super().read_index()
         if stamp not in FIRST_STAMP:
@@ -560,14 +594,13 @@ class MovieReader(VideoReader):
             raise VideoError(f"{self.path}: {-seconds.max():.2f} s before its start were asked for")
         if self.order is None:
             try:
-                found = self.near(seconds)
+                if found := self.near(seconds):
+                    return found
+                self.reopen()
+                super().read_index()  # its time stamps cannot be relied on: all packets are read
             except (av.FFmpegError, OSError) as e:
-                start = seconds.min()
-                raise VideoError(f"{self.path}: damaged near {start:.2f} s ({reason(e)})") from None
-            if found:
-                return found
-            self.reopen()
-            super().read_index()  # its time stamps cannot be relied on: all packets are read
+                where = f"damaged near {seconds.min():.2f} s"
+                raise VideoError(f"{self.path}: {where} ({self.why(e)})") from None
             self.tell_encoder()
         times = self.times - self.times[0]
         self.check_end(times[-1], seconds.min())

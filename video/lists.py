@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import itertools
 import os
 import re
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from video import prepared
+from video import prepared, remote
 from video.frames import IMAGE_EXT, are_frames, get_rate
 
 VIDEO_EXT = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".m4v", ".wmv", ".flv",
@@ -117,7 +118,9 @@ def list_text(rows: list, out: str) -> str:
 
 
 def check_out(out: str):
-    """ValueError where a list would overwrite a video."""
+    """ValueError where a list would overwrite a video, or lie at an address."""
+    if remote.is_remote(out):
+        raise ValueError(f"{out}: expected the name of a list to write on a disk here")
     if os.path.exists(out) and is_media(out):
         raise ValueError(f"{out}: a video or picture; expected the name of a list to write")
 
@@ -138,7 +141,8 @@ def read_videos(source: str, data_root: str = "",
     """A list, a folder (of class folders or flat), a prepared set or one video -> paths, labels.
 
     Labels are as written, None where there is none. The videos of a prepared set are named
-    FOLDER::PATH. Relative paths of a list start at data_root; a row may name a frame folder.
+    FOLDER::PATH. Relative paths of a list start at data_root; a row may name a frame folder. Where
+    a file stands, what is remote may: see video/remote.py.
     folders: as of read_folder. ValueError: nothing to read there.
     """
     rows = [*read_rows(source, data_root, folders)]
@@ -147,18 +151,19 @@ def read_videos(source: str, data_root: str = "",
 
 def read_rows(source: str, data_root: str, folders: bool):
     """-> what gives the (path, label) rows of read_videos."""
-    if os.path.isdir(source) and prepared.is_prepared(source):
-        source = os.path.normpath(source)
+    far = not is_media(os.path.basename(source)) and prepared.is_far(source.rstrip("/"))
+    if far or os.path.isdir(source) and prepared.is_prepared(source):
+        source = source.rstrip("/") if far else os.path.normpath(source)
         return ((f"{source}::{path}", label)
                 for path, label in prepared.read_index(source)["rows"])
     if os.path.isdir(source):
         return read_folder(source, folders)
     if prepared.in_set(source):
         return [(source, None)]
-    if not os.path.isfile(source):
+    if not os.path.isfile(source) and not remote.exists(source):
         raise ValueError(f"{source}: no such file or folder; expected a list file, a folder of "
                          "videos, a video, or the word toy")
-    if is_media(os.path.basename(source)):
+    if is_media(os.path.basename(source)) or remote.split(source)[1]:
         return [(source, None)]
     return read_list(source, data_root)
 
@@ -199,16 +204,22 @@ def read_list(source: str, data_root: str):
     """Yields a list file's (path, label) rows; a header, empty lines, # comments are skipped."""
     count, first, there, numbers = 0, None, False, True
     try:
-        with open(source, encoding="utf-8-sig") as f:
+        with io.TextIOWrapper(remote.open_binary(source), "utf-8-sig") as f:
             for i, line in enumerate(f, 1):
                 if row := parse_line(line.removesuffix("\n"), i, source):
                     path, label = row
+                    joined = os.path.join(data_root, path.rstrip("/"))
+                    away = remote.is_address(path) and not os.path.exists(joined)
                     if not prepared.in_set(path):
-                        path = os.path.join(data_root, path.rstrip("/"))
+                        path = path if away else joined
+                        if remote.is_address(path):
+                            remote.know(path[:path.index("://") + 3])
                     count, first = count + 1, first or path
                     numbers = numbers and re.fullmatch(r"\d+[\s,]+\d+", label or "")
                     there = there or prepared.exists(path)
                     yield path, label
+    except OSError as e:
+        raise ValueError(f"{source}: {e.strerror or e}") from None
     except UnicodeDecodeError as e:
         raise ValueError(f"{source}: not a text file ({e}); expected a list with a row "
                          "`path label` per video") from None
@@ -238,7 +249,7 @@ def read_all(sources: list, data_root: str, toy: str, outside: str | None = None
         for source in sources:
             source = toy if source == "toy" else source
             for path, label in read_rows(source, data_root, folders):
-                if not (below and inside(os.path.dirname(path))):
+                if not (below and inside(os.path.dirname(path))) or remote.is_address(path):
                     labels.append(label and sys.intern(label))  # one str for each
                     yield path
     paths = Paths(kept())
@@ -258,14 +269,18 @@ def missing(paths: Sequence[str]) -> list[str]:
     """The paths that lead nowhere, in their order.
 
     A folder with many of them is listed once; links, and what a listing lacks (it may spell a name
-    otherwise), are asked for.
+    otherwise), are asked for. What is remote is decided by its folder or its tar: remote.exists.
     """
-    many = Counter(path[:path.rfind(os.sep) + 1] for path in paths)
+    ends = lambda path: max(path.rfind(os.sep), path.rfind("::") + 1) + 1  # of folder or archive
+    many = Counter(path[:ends(path)] for path in paths)
     names = {folder: files_of(folder) for folder, n in many.items() if n > 8}
+    away = functools.cache(lambda folder: not prepared.in_set(folder + "x")
+                           and remote.exists(folder + "x"))
     gone = []
     for path in paths:
-        cut = path.rfind(os.sep) + 1
-        if path[cut:] not in names.get(path[:cut], ()) and not prepared.exists(path):
+        cut = ends(path)
+        if not (path[cut:] in names.get(path[:cut], ()) or away(path[:cut])
+                or prepared.exists(path)):
             gone.append(path)
     return gone
 
@@ -278,7 +293,7 @@ def real_paths(paths):
         if folder not in folders:
             folders[folder] = os.path.realpath(folder), files_of(folder), os.path.isdir(folder)
         real, names, exists = folders[folder]
-        plain = name in names or not exists
+        plain = name.partition("::")[0] in names or not exists  # a tar's members
         yield os.path.join(real, name) if plain else os.path.realpath(path)
 
 

@@ -1,35 +1,46 @@
 """Prepared sets: frames decoded, reduced and stored once (`python data.py prepare`), read cheaply.
 
 A set is a folder: index.json (settings, paths, labels, where each video lies) and shards of
-consecutive videos, in one of two forms. `raw`: the pixels, read through a memory map. `compact`: a
-JPEG per frame. A video is named FOLDER::PATH, PATH as in the list that was prepared, and is read
-like the file itself: it has as many frames, at the same times; where only every R-th frame is kept,
-that stands for the next R - 1 too. A video that could not be read stays in the list and fails when
-it is opened, as its file would.
+consecutive videos, in one of three forms. `raw`: the pixels, read through a memory map. `compact`:
+a JPEG per frame. `files`: the videos' own bytes in plain tars; such a set may lie at an address. A
+video is named FOLDER::PATH, PATH as in the list that was prepared, and is read like the file
+itself: it has as many frames, at the same times; where only every R-th frame is kept, that stands
+for the next R - 1 too. A video that could not be read stays in the list and fails when it is
+opened, as its file would.
 """
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
 import shutil
 import signal
 import sys
+import tarfile
+import tempfile
 import time
 import zlib
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
 from fractions import Fraction
 
 import av
 import numpy as np
 import torch
 
+from video import remote
 from video.decode import (MovieReader, VideoError, VideoReader, nearest, reason, resize,
                           short_side, to_rgb)
 from video.frames import FrameFolder
 
 CHUNK = 128 << 20  # bytes of reduced frames that are held at once while a video is prepared
-FORMS = ("raw", "compact")
+SHARD = 256 << 20  # about so many bytes of files are a shard of the form `files`
+KEPT = 24  # copies of shards of sets at addresses that stay on the disk
+DECODED = ("raw", "compact")
+FORMS = (*DECODED, "files")
+ENDINGS = dict(raw="raw", compact="compact", files="tar")  # of shards
+
+Entry = namedtuple("Entry", "n h w checksum shard data")  # of a set's video: data (bytes,) uint8
 
 
 # ---- reading ----
@@ -44,21 +55,42 @@ def is_prepared(source: str) -> bool:
     return any(os.path.isfile(os.path.join(source, name)) for name in names)
 
 
+@functools.cache
+def is_far(folder: str) -> bool:
+    """Whether a set of the form `files` is at an address; it is asked once in a process.
+
+    ValueError: it cannot be told, or a set of another form is there.
+    """
+    if not remote.is_address(folder) or remote.split(folder + "::x")[1]:  # a tar
+        return False
+    try:
+        form = read_index(folder)["form"]
+    except FileNotFoundError:
+        return False
+    except OSError as e:
+        raise ValueError(f"{folder}: {reason(e)}") from None
+    if form != "files":
+        raise ValueError(f"{folder}: at an address a set has to be of the form files")
+    return True
+
+
 def read_index(folder: str) -> dict:
     """What a finished set holds; ValueError where it is not finished, or damaged.
 
-    -> {form, sampling_rate, rows: [[path, label]], videos: {path: entry}, failed: {path: why}}
+    -> {form, sampling_rate, rows: [[path, label]], videos: {path: entry}, failed: {path: why}},
+    and a checksum of it all, stamp.
     """
     if folder not in INDEXES:
         path = os.path.join(folder, "index.json")
-        if not os.path.isfile(path):
+        if not os.path.isfile(path) and not remote.is_address(folder):
             raise ValueError(f"{folder}: preparing it has not finished; `data.py prepare` with the "
                              "same list goes on")
         keys = "form", "sampling_rate", "rows", "videos", "failed"
         try:
-            with open(path, encoding="utf-8") as f:
-                index = json.load(f)
-            INDEXES[folder] = {key: index[key] for key in keys}
+            with remote.open_binary(path) as f:
+                text = f.read()
+            index = json.loads(text)
+            INDEXES[folder] = {key: index[key] for key in keys} | dict(stamp=zlib.crc32(text))
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{path}: damaged ({e!r}); `data.py prepare` with the same list "
                              "writes it again") from None
@@ -66,8 +98,18 @@ def read_index(folder: str) -> dict:
 
 
 def shard_bytes(path: str) -> np.ndarray:
-    """The bytes of a shard (n,) uint8, mapped into memory; the last 64 stay mapped."""
+    """The bytes of a shard (n,) uint8, mapped into memory; the last 64 stay mapped.
+
+    One at an address is copied to a disk first.
+    """
+    far = remote.is_address(path)
+    try:
+        path = near(path) if far else path
+    except (OSError, ValueError) as e:
+        raise VideoError(f"{path}: {reason(e)}") from None
     if path not in MAPS:
+        for old in [old for old in MAPS if far and not os.path.exists(old)]:
+            del MAPS[old]  # or the disk does not get its room back
         try:
             MAPS[path] = np.asarray(np.memmap(path, np.uint8, "r"))  # a plain array slices faster
         except (OSError, ValueError) as e:
@@ -77,31 +119,65 @@ def shard_bytes(path: str) -> np.ndarray:
     return MAPS[path]
 
 
+def near(shard: str) -> str:
+    """The path of a copy of a set's shard, which is fetched where it is not there.
+
+    Copies lie in one folder, which all processes of a machine share: that of VIDEOMAE_CACHE in the
+    environment, else one for temporary files. The KEPT shards used last stay.
+    """
+    folder = os.environ.get("VIDEOMAE_CACHE") or os.path.join(
+        tempfile.gettempdir(), f"videomae-shards-{os.getuid()}")
+    os.makedirs(folder, exist_ok=True)
+    place, name = shard.rsplit("/", 1)
+    key = zlib.crc32(f"{shard} {read_index(place)['stamp']}".encode())  # of this set as it is now
+    path = os.path.join(folder, f"{key:08x}-{name}")
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(path)  # it was used now
+        return path
+    with locked(os.path.join(folder, f"lock-{key % 64}"), wait=True):
+        if not os.path.exists(path):  # no other process has fetched it meanwhile
+            remote.copy(shard, path + ".part")
+            os.replace(path + ".part", path)
+            there = sorted((e for e in os.scandir(folder) if e.name.endswith(".tar")),
+                           key=lambda e: e.stat().st_mtime)
+            for old in there[:-KEPT]:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(old.path)
+    return path
+
+
 def open_video(path: str, size_of=None, antialias=True):
     """A reader for a video file, a frame folder or FOLDER::PATH of a prepared set.
 
     The rest as in VideoReader.
     """
     reader = FrameFolder if os.path.isdir(path) else VideoReader
-    return (PreparedVideo if in_set(path) else reader)(path, size_of, antialias)
+    return (form_reader(path, PackedVideo) if in_set(path) else reader)(path, size_of, antialias)
 
 
 def open_movie(path: str, size_of=None):
     """As open_video, for access by time (`at`)."""
     reader = FrameFolder if os.path.isdir(path) else MovieReader
-    return (PreparedVideo if in_set(path) else reader)(path, size_of)
+    return (form_reader(path, PackedMovie) if in_set(path) else reader)(path, size_of)
+
+
+def form_reader(path: str, packed: type) -> type:
+    """What reads FOLDER::PATH: `packed` where the set holds files as they are."""
+    files = read_index(path.split("::", 1)[0])["form"] == "files"
+    return packed if files else PreparedVideo
 
 
 def in_set(path: str) -> bool:
     """Whether a path is FOLDER::PATH of a prepared set."""
     folder, inside, _ = path.partition("::")
-    return bool(inside) and (folder in INDEXES or is_prepared(folder))
+    return bool(inside) and (folder in INDEXES or os.path.isdir(folder) and is_prepared(folder)
+                             or "://" in folder and is_far(folder))
 
 
 def exists(path: str) -> bool:
-    """Whether a list's path leads somewhere: to a file, or to a video of a prepared set."""
+    """Whether a list's path leads somewhere: to a file, a video of a prepared set; see remote."""
     if not in_set(path):
-        return os.path.exists(path)
+        return os.path.exists(path) or remote.exists(path)
     folder, name = path.split("::", 1)
     index = read_index(folder)
     return name in index["videos"] or name in index["failed"]
@@ -141,6 +217,8 @@ def check_gap(paths: list[str], seconds: np.ndarray):
     """ValueError where a clip with frames at `seconds` would show a kept frame of a set twice."""
     wanted = np.diff(seconds).min(initial=np.inf)
     for path in dict.fromkeys(path for path in paths if in_set(path)):
+        if form_reader(path, None) is None:
+            continue
         with contextlib.suppress(VideoError), PreparedVideo(path) as video:
             gap = video.kept_every * (video.times[-1] - video.times[0]) / max(len(video) - 1, 1)
             if video.kept_every > 1 and gap > 1.05 * wanted:  # 24 frames/s are taken for 25
@@ -149,27 +227,75 @@ def check_gap(paths: list[str], seconds: np.ndarray):
                                  f"--sampling_rate below {video.kept_every}")
 
 
+def find(path: str) -> Entry:
+    """What a set holds of FOLDER::PATH; VideoError where it holds nothing, or that is cut off."""
+    folder, name = path.split("::", 1)
+    index = read_index(folder)
+    if name in index["failed"]:
+        raise VideoError(f"{path}: could not be read when the set was prepared: "
+                         f"{index['failed'][name]}")
+    if name not in index["videos"]:
+        raise VideoError(f"{path}: not in this prepared set")
+    shard, n, h, w, start, end, checksum = index["videos"][name]
+    shard = os.path.join(folder, shard)
+    try:
+        data = shard_bytes(shard)[start:end]
+    except VideoError as e:
+        raise VideoError(f"{path}: {e}") from None
+    if len(data) < end - start:
+        raise VideoError(f"{path}: {shard} is cut off: remove it and prepare again")
+    return Entry(n, h, w, checksum, shard, data)
+
+
+def check_bytes(path: str):
+    """VideoError unless a set's bytes of FOLDER::PATH are those that were written."""
+    entry = find(path)
+    if zlib.crc32(entry.data) != entry.checksum:
+        raise VideoError(f"{path}: the bytes in {entry.shard} are not those that were "
+                         "written (checksum): remove it and prepare again")
+
+
+def shards(paths) -> np.ndarray | None:
+    """(videos,) number of the shard that each video is in; -1: not in a set of the form `files`.
+
+    None where no set of that form was read.
+    """
+    sets = {folder: x["videos"] for folder, x in INDEXES.items() if x["form"] == "files"}
+    numbers, found = {}, np.full(len(paths), -1)
+    for i, path in enumerate(paths if sets else ()):
+        folder, _, name = path.partition("::")
+        if entry := sets.get(folder, {}).get(name):
+            found[i] = numbers.setdefault((folder, entry[0]), len(numbers))
+    return found if numbers else None
+
+
+class Packed:
+    """A file of a set of the form `files`, read as from a disk."""
+
+    def open_source(self):
+        """As of VideoReader."""
+        entry, name = find(self.path), self.path.split("::", 1)[1]
+        part = remote.Part(name, lambda a, b: entry.data[a:b].tobytes(), 0, len(entry.data),
+                           entry.checksum, whole=self.at_once)
+        return part, part.mtime
+
+
+class PackedVideo(Packed, VideoReader):
+    """As VideoReader."""
+
+
+class PackedMovie(Packed, MovieReader):
+    """As MovieReader."""
+
+
 class PreparedVideo:
-    """A video of a prepared set; the interface of VideoReader and MovieReader."""
+    """A video of a set of decoded frames; the interface of VideoReader and MovieReader."""
 
     def __init__(self, path: str, size_of=None, antialias=True):
         self.path, self.size_of, self.antialias = path, size_of, antialias
-        folder, name = path.split("::", 1)
-        index = read_index(folder)
+        index = read_index(path.split("::", 1)[0])
         self.form, self.kept_every = index["form"], index["sampling_rate"]
-        if name in index["failed"]:
-            raise VideoError(f"{path}: could not be read when the set was prepared: "
-                             f"{index['failed'][name]}")
-        if name not in index["videos"]:
-            raise VideoError(f"{path}: not in this prepared set")
-        shard, self.n, self.h, self.w, start, end, self.checksum = index["videos"][name]
-        self.shard = os.path.join(folder, shard)
-        try:
-            self.data = shard_bytes(self.shard)[start:end]
-        except VideoError as e:
-            raise VideoError(f"{path}: {e}") from None
-        if len(self.data) < end - start:
-            raise VideoError(f"{path}: {self.shard} is cut off: remove it and prepare again")
+        self.n, self.h, self.w, _, _, self.data = find(path)
         self.kept = -(-self.n // self.kept_every)
 
     def __enter__(self):
@@ -187,10 +313,9 @@ class PreparedVideo:
         return np.frombuffer(self.data[-8 * self.n:].tobytes())
 
     def check(self):
-        """VideoError unless the stored bytes are those that were written."""
-        if zlib.crc32(self.data) != self.checksum:
-            raise VideoError(f"{self.path}: the bytes in {self.shard} are not those that were "
-                             "written (checksum): remove it and prepare again")
+        """Decodes all frames and keeps none; VideoError names the first that fails."""
+        for i in range(self.n):
+            self.frames([i])
 
     def stored(self, places) -> list[np.ndarray]:
         """Places among the kept frames -> (H, W, 3) each, of the stored size."""
@@ -308,6 +433,60 @@ def append_video(f, path: str, settings: dict) -> list:
         return [len(video), *shape, start, f.tell(), checksum]
 
 
+class Copied(VideoReader):
+    """A file whose bytes are in another already, as `part`."""
+
+    def __init__(self, path: str, part: remote.Part):
+        self.part = part
+        super().__init__(path)
+
+    def open_source(self):
+        """As of VideoReader."""
+        return self.part, None
+
+
+def content(path: str):
+    """Yields how many bytes a file has, then these; VideoError where it cannot be read."""
+    try:
+        with remote.open_binary(path) as f:
+            yield f.seek(0, os.SEEK_END)
+            f.seek(0)
+            while data := f.read(remote.BLOCK):
+                yield data
+    except FileNotFoundError:
+        raise VideoError(f"{path}: no such file") from None
+    except (OSError, ValueError) as e:
+        raise VideoError(f"{path}: {reason(e)}") from None
+
+
+def append_file(f, path: str, settings: dict) -> list:
+    """As append_video, of the file as it is, as a member of a tar.
+
+    Decoded are its first picture, for the size, and what tells where its frames are.
+    """
+    parts = content(path)
+    name = os.path.basename(path.partition("?")[0].rpartition("::")[2])
+    member = tarfile.TarInfo(f"{f.tell():012d}-{name}")
+    member.size = next(parts)
+    f.write(member.tobuf())
+    start, checksum = f.tell(), 0
+    for data in parts:
+        f.write(data)
+        checksum = zlib.crc32(data, checksum)
+    end = f.tell()
+    if end != start + member.size:
+        raise VideoError(f"{path}: has changed while it was read")
+
+    def fetch(first, last):
+        f.seek(first)
+        return f.read(last - first)
+    with Copied(path, remote.Part(path, fetch, start, member.size, None)) as video:
+        n, (h, w) = len(video), video.pictures([0])[0].shape[:2]
+    f.seek(end)
+    f.write(bytes(-member.size % tarfile.BLOCKSIZE))
+    return [n, h, w, start, end, checksum]
+
+
 def write_shard(job: tuple) -> tuple[str, bool]:
     """(folder, name, paths, settings) -> name, new?
 
@@ -321,17 +500,20 @@ def write_shard(job: tuple) -> tuple[str, bool]:
                 return name, False
     videos, failed = {}, {}
     main = multiprocessing.parent_process()
-    with written(shard, "wb") as f:
+    append = append_file if settings["form"] == "files" else append_video
+    with written(shard, "w+b") as f:
         for path in paths:
             if main and not main.is_alive():  # killed: another run may be at this shard
                 os._exit(1)
             start = f.tell()
             try:
-                videos[path] = [name, *append_video(f, path, settings)]
+                videos[path] = [name, *append(f, path, settings)]
             except VideoError as e:
                 failed[path] = str(e).removeprefix(path + ": ")
                 f.seek(start)
                 f.truncate()
+        if append is append_file:
+            f.write(bytes(2 * tarfile.BLOCKSIZE))  # the end of a tar
         size = f.tell()
     write_json(shard + ".json", dict(bytes=size, videos=videos, failed=failed))
     return name, True
@@ -366,43 +548,54 @@ def prepare(rows: list, folder: str, settings: dict, num_workers: int, dry_run: 
             say=print) -> dict | None:
     """Writes the set of (path, label) rows; goes on where a killed run stopped.
 
-    settings: form, sampling_rate, short_side, quality, shard_videos. -> its index (None: dry run).
-    ValueError names what does not fit: a folder with other content, no space, no readable video.
+    settings: form, sampling_rate, shard_videos; of decoded forms short_side, quality too; of files
+    shard_videos may be None, for shards of some 256 MB. -> its index (None: dry run). ValueError
+    names what does not fit: a folder with other content, no space, no readable video.
     """
     paths = list(dict.fromkeys(path for path, _ in rows))
     rows = [list(row) for row in rows]
     inside = [path for path in paths if in_set(path)]
     if inside:
         raise ValueError(f"{inside[0]}: is prepared already; expected a list or folder of files")
+    if remote.is_address(folder):
+        raise ValueError(f"{folder}: expected a folder on a disk here; copy it there when it is "
+                         "whole")
     if "::" in folder:
         raise ValueError(f"{folder}: a set's name cannot hold `::`, which stands between it and "
                          "its videos")
     checksum = zlib.crc32("\n".join(paths).encode())
     settings = settings | dict(version=1, count=len(paths), checksum=checksum)
     form = settings["form"]
-    check_folder(folder, settings)
+    if form != "files":
+        check_folder(folder, settings)
     per_video = estimate(paths, settings)
     if per_video is None:
         raise ValueError("none of the videos that the size is estimated from can be read; "
                          "`data.py check` says why")
+    if not settings["shard_videos"]:
+        settings["shard_videos"] = max(1, round(SHARD / per_video[form]))
+    if form == "files":
+        check_folder(folder, settings)
     free = free_space(folder)
     sizes = (f"{f} about {gb(size * len(paths))}" for f, size in per_video.items())
-    say(f"{len(paths)} videos, 1 frame in {settings['sampling_rate']}, short side at most "
-        f"{settings['short_side']}: {', '.join(sizes)}; {gb(free)} are free, --form is {form}")
+    kept = "as they are" if form == "files" else (
+        f"1 frame in {settings['sampling_rate']}, short side at most {settings['short_side']}")
+    say(f"{len(paths)} videos, {kept}: {', '.join(sizes)}; {gb(free)} are free, --form is {form}")
     if dry_run:
         return None
     left = per_video[form] * len(paths) - stored_bytes(folder, form)
     if left > free:
-        raise ValueError(f"{folder}: {gb(left)} more would not fit into {gb(free)}; allowed are "
-                         "--form compact, a smaller --short_side, a larger --sampling_rate")
+        raise ValueError(f"{folder}: {gb(left)} more would not fit into {gb(free)}"
+                         + "; allowed are --form compact, a smaller --short_side, a larger "
+                           "--sampling_rate" * (form != "files"))
     os.makedirs(folder, exist_ok=True)
-    with locked(folder):
+    with locked(os.path.join(folder, "lock")):
         for name in os.listdir(folder):  # of killed runs
             if name.endswith(".part"):
                 os.remove(os.path.join(folder, name))
         write_json(os.path.join(folder, "settings.json"), settings)
         size = settings["shard_videos"]
-        jobs = [(folder, f"{i // size:06d}.{form}", paths[i:i + size], settings)
+        jobs = [(folder, f"{i // size:06d}.{ENDINGS[form]}", paths[i:i + size], settings)
                 for i in range(0, len(paths), size)]
         write_shards(jobs, num_workers, say)
         with contextlib.suppress(ValueError):
@@ -448,10 +641,18 @@ def check_folder(folder: str, settings: dict):
 
 
 def estimate(paths: list[str], settings: dict, samples: int = 12) -> dict | None:
-    """{form: bytes per video} from three frames each of a few videos; None: none can be read."""
-    sizes = {form: [] for form in FORMS}
+    """{form: bytes per video} from three frames each of a few videos; None: none can be read.
+
+    Of the form `files` from the sizes of these videos.
+    """
+    files = settings["form"] == "files"
+    sizes = {form: [] for form in (FORMS[2:] if files else DECODED)}
     places = np.linspace(0, len(paths) - 1, min(samples, len(paths))).astype(int)
     for i in places:
+        if files:
+            with contextlib.suppress(VideoError):
+                sizes["files"].append(next(content(paths[i])))
+            continue
         try:
             with open_video(paths[i], reduce_to(settings["short_side"])) as video:
                 n = len(video)
@@ -463,7 +664,7 @@ def estimate(paths: list[str], settings: dict, samples: int = 12) -> dict | None
         jpeg = np.mean([len(encode(codec, rgb)) + 8 for rgb in frames])
         sizes["raw"].append(kept * frames[0].size + 8 * n)
         sizes["compact"].append(kept * jpeg + 8 * n)
-    if not sizes["raw"]:
+    if not any(sizes.values()):
         return None
     return {form: float(sum(s)) / len(places) for form, s in sizes.items()}
 
@@ -480,18 +681,18 @@ def stored_bytes(folder: str, form: str) -> int:
     """Bytes of the shards that are there."""
     if not os.path.isdir(folder):
         return 0
-    return sum(e.stat().st_size for e in os.scandir(folder) if e.name.endswith(f".{form}"))
+    return sum(e.stat().st_size for e in os.scandir(folder) if e.name.endswith(f".{ENDINGS[form]}"))
 
 
 @contextlib.contextmanager
-def locked(folder: str):
-    """Holds the folder's lock; ValueError where another process does."""
-    with open(os.path.join(folder, "lock"), "w") as lock:
+def locked(path: str, wait: bool = False):
+    """Holds a lock file; where another process does, waits for it, or a ValueError."""
+    with open(path, "w") as lock:
         try:
             import fcntl
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise ValueError(f"{folder}: another process is preparing it") from None
+            raise ValueError(f"{os.path.dirname(path)}: another process is preparing it") from None
         except (ImportError, OSError):  # there are no locks on this system or disk
             pass
         yield

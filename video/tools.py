@@ -23,7 +23,7 @@ from collections import Counter
 
 import numpy as np
 
-from video import frames, lists, prepared
+from video import frames, lists, prepared, remote
 from video.decode import VideoError
 from video.toy import make_toy, make_toy_shapes
 
@@ -37,7 +37,7 @@ def write_rows(out: str, rows: list):
     """write_list with whole paths, so that the list holds in any folder; makes out's folder."""
     def whole(path):
         folder, inside, name = path.partition("::") if prepared.in_set(path) else (path, "", "")
-        return os.path.abspath(folder) + inside + name
+        return path if remote.is_address(folder) else os.path.abspath(folder) + inside + name
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     lists.write_list(out, [(whole(path), label) for path, label in rows])
 
@@ -61,8 +61,7 @@ def read(args, labelled: bool = False) -> tuple[list[str], list[str | None]]:
 def stored(path: str) -> np.ndarray | None:
     """The bytes of a video of a prepared set; None where it has none there."""
     with contextlib.suppress(VideoError):
-        with prepared.open_video(path) as video:
-            return video.data
+        return prepared.find(path).data
 
 
 def size(path: str):
@@ -71,7 +70,7 @@ def size(path: str):
         data = stored(path)
         return None if data is None else len(data)
     with contextlib.suppress(OSError, VideoError):
-        return sum(map(os.path.getsize, frames.files_of(path))) or None
+        return sum(map(remote.size, frames.files_of(path))) or None
 
 
 def checksum(path: str, most: int | None = None):
@@ -83,9 +82,9 @@ def checksum(path: str, most: int | None = None):
     with contextlib.suppress(OSError, VideoError):
         files, found = frames.files_of(path), hashlib.sha1()
         for file in files[len(files) // 2:][:1] if most else files:
-            with open(file, "rb") as f:
+            with remote.open_binary(file) as f:
                 if most:
-                    f.seek(os.path.getsize(file) // 2)
+                    f.seek(remote.size(file) // 2)
                     found.update(f.read(most))
                 else:
                     hashlib.file_digest(f, lambda: found)
@@ -375,15 +374,13 @@ def check_file(job: tuple[str, bool]) -> tuple[str, int, str | None]:
     """(path, decode all?) -> path, number of frames, what is wrong (None: nothing)."""
     path, full = job
     try:
+        if prepared.in_set(path):
+            prepared.check_bytes(path)
         with prepared.open_video(path) as video:
             n = len(video)
             video.frames(np.linspace(0, n - 1, 3).astype(int))
-            in_set = isinstance(video, prepared.PreparedVideo)
-            if in_set or full:
-                video.check()  # of a prepared one the checksum, of a file every frame
-            if in_set and full:
-                for i in range(n):
-                    video.frames([i])
+            if full:
+                video.check()
             return path, n, None
     except VideoError as e:
         return path, 0, str(e)
@@ -502,11 +499,18 @@ def check_main(args):
 
 def prepare_main(args):
     """Decodes and stores a whole list once, see video/prepared.py."""
-    rows = list(zip(*read(args)))
+    rows, files = list(zip(*read(args))), args.form == "files"
     settings = dict(form=args.form, sampling_rate=args.sampling_rate, short_side=args.short_side,
-                    quality=args.quality, shard_videos=args.shard_videos)
-    if lists.say_folders([path for path, _ in rows]):
+                    quality=args.quality, shard_videos=args.shard_videos or 16)
+    if files:
+        settings = dict(form=args.form, sampling_rate=1, shard_videos=args.shard_videos)
+        if (args.sampling_rate, args.short_side, args.quality) != (4, 256, 2):
+            raise ValueError("--form files keeps files as they are: leave out --sampling_rate, "
+                             "--short_side and --quality")
+    if folders := lists.say_folders([path for path, _ in rows]):
         settings["frame_rate"] = args.frame_rate
+        if files:
+            raise ValueError(f"--form files: {folders[0]}; expected files, or --form raw, compact")
     # so that the workers end with this process
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -625,15 +629,17 @@ def get_args(argv=None) -> argparse.Namespace:
     p.add_argument("out", help="the folder to write; then given as --data")
     p.add_argument("--data_root", default="", help="goes before relative paths of a list")
     p.add_argument("--form", default="raw", choices=prepared.FORMS,
-                   help="raw: pixels, the fastest; compact: a JPEG per frame, a 20th of the size")
+                   help="raw: pixels, the fastest; compact: a JPEG per frame, a 20th of the size; "
+                        "files: the files as they are, in tars")
     p.add_argument("--sampling_rate", default=4, type=at_least(1),
                    help="keep every N-th frame (1: all)")
     p.add_argument("--short_side", default=256, type=at_least(1),
                    help="pixels; smaller frames stay as they are")
     p.add_argument("--quality", default=2, type=at_least(2, at_most=31),
                    help="compact: JPEG quantiser, 2 (best) to 31")
-    p.add_argument("--shard_videos", default=16, type=at_least(1),
-                   help="videos per shard, and per unit of work")
+    p.add_argument("--shard_videos", type=at_least(1),
+                   help="videos per shard, and per unit of work (default: 16; of the form files as "
+                        "many as make 256 MB)")
     p.add_argument("--num_workers", default=os.cpu_count(), type=at_least(1, at_most=1000),
                    help="processes")
     p.add_argument("--num_frames", default=16, type=at_least(1), help=ONE_FRAME)
