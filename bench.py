@@ -454,7 +454,7 @@ def bench_gpu(args) -> int:
 
     first, *others = args.model
     row = rows_of("pretrain", first)
-    for form in prepared.FORMS if row else ():
+    for form in prepared.DECODED if row else ():
         name = f"{first} compiled, fed {form}"
         item(name, fed, name, row, form)
     for task, model in [*(("pretrain", m) for m in others), ("test", first), ("finetune", first)]:

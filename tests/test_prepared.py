@@ -250,6 +250,9 @@ def test_preparing_goes_on_after_a_kill(form):
             assert process.poll() is None
         kill()
         text = process.communicate()[0]
+        for name in os.listdir(out) if k == 0 else ():  # of fast machines
+            if name[:6] > "000000" and name[0] == "0":
+                os.remove(os.path.join(out, name))
     assert process.returncode == 130 and "the same command goes on" in text, text
     assert "Traceback" not in text, text
     assert not os.path.exists(os.path.join(out, "index.json"))

@@ -368,8 +368,9 @@ class VideoReader:
 
     def reopen(self):
         """Back to the first packet, which not every container can seek to."""
-        self.container.close()
+        before = self.container
         self.open_container()
+        before.close()
         self.open_stream()
 
     def count_frames(self):
