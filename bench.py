@@ -414,6 +414,7 @@ def bench_gpu(args) -> int:
     def stop(number, frame):
         raise TimeoutError
     signal.signal(signal.SIGALRM, stop)
+    sys.unraisablehook = lambda error: None  # of an alarm that rings while something is deleted
 
     def item(name, function, *more):
         """function(*more), stopped when the time is over."""

@@ -254,7 +254,7 @@ def need_http():
 class Server(http.server.SimpleHTTPRequestHandler):
     """Files of tmp() over HTTP, byte ranges too; some of its answers break off."""
 
-    ranges, fails, sent, requests = True, 0, 0, 0
+    ranges, fails, sent, requests, absent = True, 0, 0, 0, 404
 
     def log_message(self, *args):
         pass
@@ -263,7 +263,7 @@ class Server(http.server.SimpleHTTPRequestHandler):
         cls, path = type(self), self.translate_path(self.path)
         cls.requests += 1
         if not os.path.isfile(path):
-            return self.send_error(404)
+            return self.send_error(cls.absent)
         total = os.path.getsize(path)
         first, last = 0, total - 1
         wanted = self.headers.get("Range") if cls.ranges else None

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import json
 import os
 import re
 import shutil
@@ -185,6 +186,14 @@ def test_files_packed_as_they_are():
     many, text = prepare("set_many", listed, "--form", "files")  # 256 MB hold all
     assert [name for name in os.listdir(many) if name.endswith(".tar")] == ["000000.tar"]
     assert set(prepared.read_index(many)["failed"]) == set(paths[-2:])
+    other = json.load(open(os.path.join(folder, "settings.json")))
+    again = prepare(os.path.basename(folder), listed, "--form", "files")[1]
+    assert "5/5 shards, 5 of them from before" in again and other["shard_videos"] == 4, again
+    for i in range(2):
+        open(tmp(f"nothing{i}.mp4"), "w").close()
+    open(tmp("nothing.txt"), "w").write("nothing0.mp4\nnothing1.mp4\n")
+    assert "none of the videos" in mistake(tools, "prepare", tmp("nothing.txt"), tmp("none"),
+                                           "--form", "files", "--data_root", tmp())
     os.makedirs(tmp("of_pictures", "clip"))
     for i in range(3):
         pictures.write_png(tmp("of_pictures", "clip", f"{i}.png"), np.zeros((8, 8, 3), np.uint8))
@@ -344,14 +353,18 @@ def test_sets_at_addresses():
     """A set of files at file://, HTTP: the same run; each shard is fetched once, few are kept."""
     need_http()
     kind, base = server()
-    folder, out = files_set()[0], tmp("near")
+    folder, cache = files_set()[0], tmp("near")
+    out = os.path.join(cache, f"videomae-shards-{os.getuid()}")
+    os.makedirs(cache)
+    for i in range(30):
+        open(os.path.join(cache, f"{'mine' if i == 0 else i}.tar"), "w").close()
     train, _ = labelled()
     packed = prepare("far_train", train, "--form", "files", "--shard_videos", 2)[0]
     args = ["--data", packed, *"""--size tiny --patch_size 8 --img_size 16 --num_frames 4
         --sampling_rate 1 --mask_ratio 0.5 --max_steps 6 --warmup_epochs 0 --log_every 1
         --device cpu --dtype fp32 --batch_size 4""".split()]
     call(pretrain, *args, "--num_workers", 0, "--out_dir", tmp("here_packed"))
-    with unittest.mock.patch.dict(os.environ, VIDEOMAE_CACHE=out):
+    with unittest.mock.patch.dict(os.environ, VIDEOMAE_CACHE=cache):
         for place, name in ((f"file://{tmp()}", "file"), (base, "http")):
             args[1] = f"{place}/far_train/"
             with answers() as seen:
@@ -377,13 +390,20 @@ def test_sets_at_addresses():
                 prepared.open_video(inside[i])
             last = {name.split("-")[1] for name in os.listdir(out) if name.endswith(".tar")}
             assert last == {f"00000{i}.tar" for i in (0, 1, 3)}, last
+        assert os.path.exists(os.path.join(cache, "mine.tar"))  # only copies make room
+        copies = [name for name in os.listdir(out) if name.endswith(".tar")]
+        with open(os.path.join(out, max(copies)), "r+b") as f:
+            f.truncate(1000)
+        prepared.MAPS.clear()
+        for path in inside[:-2]:
+            prepared.open_video(path)  # a copy that was cut off is fetched again
         call(tools, "split", address, tmp("far1.tsv"), tmp("far2.tsv"))
         assert set(lists.read_videos(tmp("far2.tsv"))[0]) < set(inside)
         text = run("data.py", "check", address, "--num_workers", 2, ok=False)
         assert "16 of 18 files can be read" in text, text  # by workers that had no index yet
     open(tmp("no_folder"), "w").close()
     with unittest.mock.patch.dict(os.environ, VIDEOMAE_CACHE=tmp("no_folder")), \
-            raises(inside[0], "000000.tar: File exists"):
+            raises("no_folder", "expected VIDEOMAE_CACHE to be a folder"):
         prepared.open_video(inside[0])
     raw = prepared_files()[1]["raw", 3]
     with raises("at an address a set has to be of the form files"):

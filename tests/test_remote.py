@@ -312,6 +312,15 @@ def test_addresses():
     open(tmp("far list.csv"), "w").write(f"{base}/a b.mp4,x\nplain.mp4,y\n")
     paths, labels = lists.read_videos(f"{base}/far%20list.csv", base)
     assert paths == [f"{base}/a b.mp4", f"{base}/plain.mp4"] and labels == ["x", "y"]
+    with answers(absent=403):  # so S3, where there is no index.json
+        assert lists.read_videos(f"file://{tmp()}/far list.csv", base)[0] == paths
+        assert lists.read_videos(f"{base}/far%20list.csv?again", base)[0] == paths
+    assert lists.read_videos(f"{base}/a.mp4?sig=1/x")[0] == [f"{base}/a.mp4?sig=1/x"]
+    open(tmp("page"), "w").write("<!DOCTYPE html>\n")
+    for source, words in (("page", "a web page"), ("", "a folder is searched on a disk only"),
+                          ("far%20shard.tar", "a tar; expected TAR::NAME")):
+        with raises(f"{base}/{source}: {words}"):
+            lists.read_videos(f"{base}/{source}")
     for name, words in ((f"{base}/absent.mp4", "no such file"),
                         (f"{base}/absent.tar::a", "no such file"),
                         (f"{base}/far%20shard.tar::a.mp4", "no such file among the 16"),

@@ -151,7 +151,8 @@ def read_videos(source: str, data_root: str = "",
 
 def read_rows(source: str, data_root: str, folders: bool):
     """-> what gives the (path, label) rows of read_videos."""
-    far = not is_media(os.path.basename(source)) and prepared.is_far(source.rstrip("/"))
+    name = os.path.basename(source.partition("?")[0] if remote.is_address(source) else source)
+    far = not is_media(name) and prepared.is_far(source.rstrip("/"))
     if far or os.path.isdir(source) and prepared.is_prepared(source):
         source = source.rstrip("/") if far else os.path.normpath(source)
         return ((f"{source}::{path}", label)
@@ -163,8 +164,13 @@ def read_rows(source: str, data_root: str, folders: bool):
     if not os.path.isfile(source) and not remote.exists(source):
         raise ValueError(f"{source}: no such file or folder; expected a list file, a folder of "
                          "videos, a video, or the word toy")
-    if is_media(os.path.basename(source)) or remote.split(source)[1]:
+    if is_media(name) or remote.split(source)[1]:
         return [(source, None)]
+    if name.lower().endswith(".tar"):
+        raise ValueError(f"{source}: a tar; expected TAR::NAME, or a list of such rows")
+    if not name:
+        raise ValueError(f"{source}: a folder is searched on a disk only; expected a list, a video "
+                         "or a set of the form files")
     return read_list(source, data_root)
 
 
@@ -228,6 +234,9 @@ def read_list(source: str, data_root: str):
     if numbers:
         raise ValueError(f"{source}: its rows hold two numbers behind the path, as those of other "
                          "projects do (path, frames, label); expected `path label`")
+    if not there and first.startswith("<"):
+        raise ValueError(f"{source}: a web page; expected a list, a video or a set of the form "
+                         "files; a folder is searched on a disk only")
     if not there:
         raise ValueError(f"{source}: none of its {count} files exists, the first is {first!r}; "
                          "relative paths start at --data_root, or else at the current folder"

@@ -10,6 +10,7 @@ opened, as its file would.
 """
 
 import contextlib
+import errno
 import functools
 import json
 import multiprocessing
@@ -59,18 +60,18 @@ def is_prepared(source: str) -> bool:
 def is_far(folder: str) -> bool:
     """Whether a set of the form `files` is at an address; it is asked once in a process.
 
-    ValueError: it cannot be told, or a set of another form is there.
+    ValueError: a set of another form is there, or copies of its shards have no place.
     """
-    if not remote.is_address(folder) or remote.split(folder + "::x")[1]:  # a tar
+    if not remote.is_address(folder) or "?" in folder or remote.split(folder + "::x")[1]:  # a tar
         return False
+    remote.exists(folder)  # else ValueError
     try:
         form = read_index(folder)["form"]
-    except FileNotFoundError:
+    except (OSError, ValueError):  # stores answer in many ways that there is no index.json
         return False
-    except OSError as e:
-        raise ValueError(f"{folder}: {reason(e)}") from None
     if form != "files":
         raise ValueError(f"{folder}: at an address a set has to be of the form files")
+    copies()
     return True
 
 
@@ -92,57 +93,78 @@ def read_index(folder: str) -> dict:
             index = json.loads(text)
             INDEXES[folder] = {key: index[key] for key in keys} | dict(stamp=zlib.crc32(text))
         except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{path}: damaged ({e!r}); `data.py prepare` with the same list "
-                             "writes it again") from None
+            raise ValueError(f"{path}: damaged ({type(e).__name__}: {e}); `data.py prepare` with "
+                             "the same list writes it again") from None
     return INDEXES[folder]
 
 
-def shard_bytes(path: str) -> np.ndarray:
+def shard_bytes(shard: str, cut: int | None = None) -> np.ndarray:
     """The bytes of a shard (n,) uint8, mapped into memory; the last 64 stay mapped.
 
-    One at an address is copied to a disk first.
+    One at an address is copied to a disk first, again where the copy has `cut` bytes.
     """
-    far = remote.is_address(path)
-    try:
-        path = near(path) if far else path
-    except (OSError, ValueError) as e:
-        raise VideoError(f"{path}: {reason(e)}") from None
+    path, far = shard, remote.is_address(shard)
+    if far:
+        try:
+            path = near(shard, cut)
+        except (OSError, ValueError) as e:
+            raise VideoError(f"{shard}: {reason(e)}") from None
+        if cut is not None:
+            MAPS.pop(path, None)
     if path not in MAPS:
         for old in [old for old in MAPS if far and not os.path.exists(old)]:
             del MAPS[old]  # or the disk does not get its room back
         try:
             MAPS[path] = np.asarray(np.memmap(path, np.uint8, "r"))  # a plain array slices faster
         except (OSError, ValueError) as e:
+            if far and isinstance(e, FileNotFoundError):  # another process has made room
+                return shard_bytes(shard)
             raise VideoError(f"{path} cannot be read ({reason(e)}); prepare again") from None
         while len(MAPS) > 64:
             MAPS.popitem(last=False)
     return MAPS[path]
 
 
-def near(shard: str) -> str:
-    """The path of a copy of a set's shard, which is fetched where it is not there.
+def copies() -> str:
+    """The folder of copies of shards, which all processes of a machine share.
 
-    Copies lie in one folder, which all processes of a machine share: that of VIDEOMAE_CACHE in the
-    environment, else one for temporary files. The KEPT shards used last stay.
+    It is one of its own in that of VIDEOMAE_CACHE in the environment, else in that for temporary
+    files. ValueError: it cannot be written to.
     """
-    folder = os.environ.get("VIDEOMAE_CACHE") or os.path.join(
-        tempfile.gettempdir(), f"videomae-shards-{os.getuid()}")
-    os.makedirs(folder, exist_ok=True)
-    place, name = shard.rsplit("/", 1)
+    root = os.environ.get("VIDEOMAE_CACHE") or tempfile.gettempdir()
+    folder = os.path.join(root, f"videomae-shards-{os.getuid()}")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as e:
+        raise ValueError(f"{folder}: {reason(e)}; expected VIDEOMAE_CACHE to be a folder for "
+                         "copies of shards") from None
+    return folder
+
+
+def near(shard: str, cut: int | None) -> str:
+    """The path of a copy of a set's shard, fetched where none is there, or one of `cut` bytes.
+
+    The KEPT shards used last stay.
+    """
+    folder, (place, name) = copies(), shard.rsplit("/", 1)
     key = zlib.crc32(f"{shard} {read_index(place)['stamp']}".encode())  # of this set as it is now
     path = os.path.join(folder, f"{key:08x}-{name}")
     with contextlib.suppress(FileNotFoundError):
-        os.utime(path)  # it was used now
-        return path
+        if os.path.getsize(path) != cut:
+            os.utime(path)  # it was used now
+            return path
     with locked(os.path.join(folder, f"lock-{key % 64}"), wait=True):
-        if not os.path.exists(path):  # no other process has fetched it meanwhile
-            remote.copy(shard, path + ".part")
-            os.replace(path + ".part", path)
-            there = sorted((e for e in os.scandir(folder) if e.name.endswith(".tar")),
-                           key=lambda e: e.stat().st_mtime)
-            for old in there[:-KEPT]:
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(old.path)
+        if os.path.exists(path) and os.path.getsize(path) != cut:
+            return path  # another process has fetched it meanwhile
+        remote.copy(shard, path + ".part")
+        os.replace(path + ".part", path)
+    with locked(os.path.join(folder, "lock"), wait=True):  # one process at a time makes room
+        there = sorted((e for e in os.scandir(folder) if e.name.endswith(".tar")),
+                       key=lambda e: e.stat().st_mtime)
+        for old in there[:-KEPT]:
+            os.remove(old.path)
     return path
 
 
@@ -239,7 +261,9 @@ def find(path: str) -> Entry:
     shard, n, h, w, start, end, checksum = index["videos"][name]
     shard = os.path.join(folder, shard)
     try:
-        data = shard_bytes(shard)[start:end]
+        data = (whole := shard_bytes(shard))[start:end]
+        if len(data) < end - start and remote.is_address(shard):  # its copy was cut off
+            data = shard_bytes(shard, len(whole))[start:end]
     except VideoError as e:
         raise VideoError(f"{path}: {e}") from None
     if len(data) < end - start:
@@ -548,9 +572,10 @@ def prepare(rows: list, folder: str, settings: dict, num_workers: int, dry_run: 
             say=print) -> dict | None:
     """Writes the set of (path, label) rows; goes on where a killed run stopped.
 
-    settings: form, sampling_rate, shard_videos; of decoded forms short_side, quality too; of files
-    shard_videos may be None, for shards of some 256 MB. -> its index (None: dry run). ValueError
-    names what does not fit: a folder with other content, no space, no readable video.
+    settings: form, sampling_rate, shard_videos; of decoded forms short_side, quality too.
+    shard_videos may be None: as the set was begun, else 16, of files as many as make some 256 MB.
+    -> its index (None: dry run). ValueError names what does not fit: a folder with other content,
+    no space, no readable video.
     """
     paths = list(dict.fromkeys(path for path, _ in rows))
     rows = [list(row) for row in rows]
@@ -566,16 +591,14 @@ def prepare(rows: list, folder: str, settings: dict, num_workers: int, dry_run: 
     checksum = zlib.crc32("\n".join(paths).encode())
     settings = settings | dict(version=1, count=len(paths), checksum=checksum)
     form = settings["form"]
-    if form != "files":
-        check_folder(folder, settings)
+    check_folder(folder, settings)
     per_video = estimate(paths, settings)
     if per_video is None:
         raise ValueError("none of the videos that the size is estimated from can be read; "
                          "`data.py check` says why")
     if not settings["shard_videos"]:
-        settings["shard_videos"] = max(1, round(SHARD / per_video[form]))
-    if form == "files":
-        check_folder(folder, settings)
+        fit = max(1, round(SHARD / per_video[form]))
+        settings["shard_videos"] = fit if form == "files" else 16
     free = free_space(folder)
     sizes = (f"{f} about {gb(size * len(paths))}" for f, size in per_video.items())
     kept = "as they are" if form == "files" else (
@@ -621,7 +644,10 @@ def prepare(rows: list, folder: str, settings: dict, num_workers: int, dry_run: 
 
 
 def check_folder(folder: str, settings: dict):
-    """ValueError unless the folder is new, empty, or a set that was begun with these settings."""
+    """ValueError unless the folder is new, empty, or a set that was begun with these settings.
+
+    Of such a set shard_videos is taken where the settings have none.
+    """
     known = os.path.join(folder, "settings.json")
     if not os.path.isfile(known):
         if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
@@ -632,6 +658,7 @@ def check_folder(folder: str, settings: dict):
             before = dict(json.load(f))
     except (ValueError, TypeError) as e:
         raise ValueError(f"{known}: damaged ({e}); choose another folder") from None
+    settings["shard_videos"] = settings["shard_videos"] or before.get("shard_videos")
     differ = [f"{key} is {before.get(key)}, not {value}" for key, value in settings.items()
               if before.get(key) != value]
     if differ:
@@ -664,7 +691,7 @@ def estimate(paths: list[str], settings: dict, samples: int = 12) -> dict | None
         jpeg = np.mean([len(encode(codec, rgb)) + 8 for rgb in frames])
         sizes["raw"].append(kept * frames[0].size + 8 * n)
         sizes["compact"].append(kept * jpeg + 8 * n)
-    if not any(sizes.values()):
+    if not sum(map(sum, sizes.values())):
         return None
     return {form: float(sum(s)) / len(places) for form, s in sizes.items()}
 

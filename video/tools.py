@@ -501,7 +501,7 @@ def prepare_main(args):
     """Decodes and stores a whole list once, see video/prepared.py."""
     rows, files = list(zip(*read(args))), args.form == "files"
     settings = dict(form=args.form, sampling_rate=args.sampling_rate, short_side=args.short_side,
-                    quality=args.quality, shard_videos=args.shard_videos or 16)
+                    quality=args.quality, shard_videos=args.shard_videos)
     if files:
         settings = dict(form=args.form, sampling_rate=1, shard_videos=args.shard_videos)
         if (args.sampling_rate, args.short_side, args.quality) != (4, 256, 2):
