@@ -43,7 +43,7 @@ def main() -> int:
         except Skip as e:
             skipped += 1
             print(f"skip  {test.__name__}: {e}")
-        except Exception:
+        except Exception:  # whatever a test raises, it has failed, and the others still run
             failed += 1
             print(f"FAIL  {test.__name__}: {test.__doc__}\n{traceback.format_exc()}")
         else:

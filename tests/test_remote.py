@@ -41,7 +41,7 @@ def moved(source, out, place):
 
 
 def alike(path, other):
-    """Whether all frames and times, by index and by time, are the same."""
+    """Asserts that all frames and times, by index and by time, are the same."""
     with prepared.open_video(path) as a, prepared.open_video(other) as b:
         assert len(a) == len(b) and (a.times == b.times).all(), other
         wanted = [17, 3, 3, *range(len(a))]
