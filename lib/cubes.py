@@ -101,7 +101,11 @@ def normalize_cubes(cubes: torch.Tensor, joint: bool = False) -> torch.Tensor:
         return (cubes.float() - mean) * (var + 1e-6 * unit ** 2).rsqrt()
     eps = 1e-6 * unit
     x = rearrange(cubes, "... (p c) -> ... p c", c=3).float()
-    var, mean = torch.var_mean(x, -2, keepdim=True)
+    if x.device.type == "cpu":  # where torch.var_mean takes three times as long
+        mean = x.mean(-2, keepdim=True)
+        var = (x - mean).square().sum(-2, keepdim=True) / (x.shape[-2] - 1)
+    else:
+        var, mean = torch.var_mean(x, -2, keepdim=True)
     scale = 1 / (var.sqrt() + eps)
     return rearrange(torch.addcmul(-mean * scale, x, scale), "... p c -> ... (p c)")
 
