@@ -145,6 +145,8 @@ def run_flags(p: Parser, out_dir: str):
     g.add_argument("--save_every", default=500, type=count, help="steps")
     g.add_argument("--save_minutes", default=10, type=amount,
                    help="save also when the last checkpoint is so old; 0: never")
+    g.add_argument("--keep_every", type=count,
+                   help="steps between checkpoints that stay, as step_0006000.pt (default: none)")
     g.add_argument("--tensorboard", action=flag, default=False, help="also write event files")
     g.add_argument("--toy", action="store_true",
                    help="presets for minutes on two CPU cores; other flags still win")

@@ -49,12 +49,12 @@ MAX_NONFINITE = 20  # steps in a row with a non-finite gradient before the run g
 
 # flags that may differ when a run goes on: where things lie, how often, by what means
 MAY_CHANGE = {
-    "out_dir", "resume", "num_workers", "log_every", "save_every", "save_minutes",
+    "out_dir", "resume", "num_workers", "log_every", "save_every", "save_minutes", "keep_every",
     "vis_every", "eval_every", "tensorboard", "max_bad", "toy", "hour", "device", "compile",
     "checkpointing", "batch_size", "accum_steps", "data", "data_root", "val_data", "images"}
 
 # what a run writes: moved aside when another one begins
-OURS = r"last\.pt|best\.pt|log\.jsonl|bad_videos|vis_|events|detections\.csv"
+OURS = r"last\.pt|best\.pt|step_\d+\.pt|log\.jsonl|bad_videos|vis_|events|detections\.csv"
 
 LOW_LR = 3e-5  # below it no small run here left its baseline within 500 steps
 
@@ -437,8 +437,13 @@ class Run(Process):
         return every is not None and bool(ends or now)
 
     def due_to_save(self) -> bool:
-        """Whether last.pt is to be written now: by --save_every, or by --save_minutes."""
-        return self.due(self.args.save_every, by_time=True)
+        """Whether last.pt is to be written now: by --save_every, --save_minutes, --keep_every."""
+        return self.due(self.args.save_every, by_time=True) or self.keeps
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the checkpoint of this step is one that stays."""
+        return bool(self.args.keep_every) and self.step % self.args.keep_every == 0
 
     def means(self) -> dict:
         """What was added since the last log line: {name: mean over all ranks' batches, a float}."""
@@ -575,11 +580,12 @@ class Run(Process):
             self.writing = None
 
     def save(self, **state):
-        """last.pt: the same with the states of optimiser and scaler."""
+        """last.pt: the same with the states of optimiser and scaler; by --keep_every a copy."""
         first, self.saved_at = not os.path.exists(self.checkpoint), time.monotonic()
         states = [optimizer.state_dict() for optimizer in self.optimizers]
-        self.write("last.pt", optimizer=states[0] if len(states) == 1 else states,
-                   scaler=self.scaler.state_dict(), **state)
+        for name in ["last.pt"] + [f"step_{self.step:07d}.pt"] * self.keeps:
+            self.write(name, optimizer=states[0] if len(states) == 1 else states,
+                       scaler=self.scaler.state_dict(), **state)
         if first:  # a disk that takes none is known at once
             self.written()
 

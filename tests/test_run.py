@@ -500,6 +500,19 @@ def test_a_killed_rank_comes_back():
 
 
 @test
+def test_checkpoints_that_stay():
+    """--keep_every leaves step_N.pt, from which a run goes on as the undisturbed one did."""
+    out, again = tmp("kept"), tmp("kept_again")
+    call(pretrain, *stage_args("pretrain.py", out, "--max_steps", 5, "--keep_every", 2))
+    assert sorted(f for f in os.listdir(out) if f.startswith("step")) == [
+        "step_0000002.pt", "step_0000004.pt"]
+    os.makedirs(again)
+    shutil.copy(os.path.join(out, "step_0000002.pt"), os.path.join(again, "last.pt"))
+    assert "resumed" in call(pretrain, *stage_args("pretrain.py", again, "--max_steps", 5))
+    assert difference(checkpoint(out)["model"], checkpoint(again)["model"]) == 0
+
+
+@test
 def test_saved_by_time_and_in_the_background():
     """A save per --save_minutes is what the model was, while training goes on; errors are told."""
     out, found, write = tmp("minutes"), {}, lib.run.write_whole

@@ -1,0 +1,315 @@
+"""Evidence on real video (docs/results.md): its videos, its baselines, its runs, its tables.
+
+    python docs/grid.py videos grid_s1/ mouth/          # cut to the mouth, and the lists
+    python docs/grid.py ridge                           # what linear maps of pixels tell
+    python docs/grid.py runs 1                          # the commands of table 1: ... | sh
+    python docs/grid.py rows > docs/grid_runs.tsv       # what the finished runs said, a row each
+    python docs/grid.py tables                          # means and deviations of those rows
+
+grid_s1/ has clips/, digit/ and color/ of 160x112 pixels and {digit,color}_{train,test}.tsv. The
+commands run in the folder that holds mouth/ and its prepared form, ready/:
+`python data.py prepare mouth/ ready/ --sampling_rate 1`.
+"""
+
+import collections
+import glob
+import itertools
+import json
+import os
+import random
+import re
+import sys
+
+import av
+import numpy as np
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from lib import features
+from video.decode import VideoReader
+
+CLASSES = dict(digit=10, color=4)
+TASKS, SEEDS, LABELS = tuple(CLASSES), (0, 1, 2), (1, 5, 20, "all")
+ROWS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "grid_runs.tsv")
+
+
+# ---- videos ----
+
+def read(path):
+    """Rows of a list, (path, label)."""
+    with open(path) as f:
+        return [tuple(line.rstrip("\n").split("\t")) for line in f if line.strip()]
+
+
+def write(path, rows):
+    with open(path, "w") as f:
+        f.writelines("\t".join(map(str, row)) + "\n" for row in rows)
+
+
+def first(rows, some):
+    """The first `some` rows of each label."""
+    seen, kept = collections.Counter(), []
+    for row in rows:
+        seen[row[1]] += 1
+        if seen[row[1]] <= some:
+            kept.append(row)
+    return kept
+
+
+def cut(source, target, order=None):
+    """Rows 24 to 88 and columns 34 to 98 of a 160x112 video, without loss; frames in `order`."""
+    frames = []
+    with av.open(source) as video:
+        for frame in video.decode(video=0):
+            planes = frame.to_ndarray(format="yuv420p")  # (112 * 3 / 2, 160)
+            y, u, v = np.split(planes.reshape(-1), [112 * 160, 112 * 200])
+            parts = (y.reshape(112, 160)[24:88, 34:98],
+                     *(x.reshape(56, 80)[12:44, 17:49] for x in (u, v)))
+            frames.append(np.concatenate([x.reshape(-1, 64) for x in parts]))
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    with av.open(target, "w") as out:
+        stream = out.add_stream("ffv1", rate=25, width=64, height=64, pix_fmt="yuv420p")
+        for i in range(len(frames)) if order is None else order:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frames[i], format="yuv420p")))
+        out.mux(stream.encode(None))
+
+
+def videos(source, target):
+    """Cuts all videos; writes the lists. shuffled_*: test windows, their 8 steps in random order.
+
+    A list of a seed is the training list in random order; _1, _5, _20 have as many of each class.
+    _fit and _dev are parts of the training list, for choosing rates.
+    """
+    for path in sorted(glob.glob(os.path.join(source, "*", "*.mp4"))):
+        name = os.path.relpath(path, source).replace(".mp4", ".mkv")
+        cut(path, os.path.join(target, name))
+    for task in TASKS:
+        train, test = ([(path.replace(".mp4", ".mkv"), label) for path, label
+                        in read(os.path.join(source, f"{task}_{part}.tsv"))]
+                       for part in ("train", "test"))
+        out = lambda name: os.path.join(target, f"{task}_{name}.tsv")
+        write(out("test"), test)
+        for seed in (99, *SEEDS):
+            random.Random(seed).shuffle(rows := list(train))
+            if seed not in SEEDS:
+                write(out("fit"), rows[:480])
+                write(out("dev"), rows[480:])
+                continue
+            write(out(seed), rows)
+            for some in LABELS[:-1]:
+                write(out(f"{seed}_{some}"), first(rows, some))
+        rng = random.Random(0)
+        for path, _ in test:
+            rng.shuffle(blocks := list(range(8)))  # of 3 frames, of which a model sees the first
+            cut(os.path.join(source, path.replace(".mkv", ".mp4")),
+                os.path.join(target, "shuffled_" + path),
+                [3 * block + i for block in blocks for i in range(3)])
+        write(out("shuffled"), [("shuffled_" + path, label) for path, label in test])
+    for part, rows in (("train", train), ("unseen", test)):
+        write(os.path.join(target, f"clips_{part}.tsv"),
+              [(path.replace("color/", "clips/"),) for path, _ in rows])
+    write(os.path.join(target, "all.tsv"),
+          [(os.path.relpath(path, target),)
+           for path in sorted(glob.glob(os.path.join(target, "*", "*.mkv")))])
+
+
+# ---- baselines: linear maps of pixels ----
+
+def ridge():
+    """Ridge regression on grey frames of 14x14 pixels, its penalty chosen on dev, as in the runs.
+
+    7 frames in order, the middle one, their mean; 7 frames in order tested on shuffled windows.
+    """
+    def pixels(rows):
+        found = []
+        for path, _ in rows:
+            with VideoReader(os.path.join("mouth", path), lambda height, width: (14, 14)) as video:
+                found.append(video.frames(np.linspace(0, len(video) - 1, 7).round().astype(int)))
+        return np.stack(found).mean(-1).reshape(len(rows), 7, -1) / 255
+
+    views = dict(order=lambda x: x.reshape(len(x), -1), middle=lambda x: x[:, 3],
+                 mean=lambda x: x.mean(1))
+    for task in TASKS:
+        lists = {name: read(f"mouth/{task}_{name}.tsv")
+                 for name in ("fit", "dev", "test", "shuffled", *SEEDS)}
+        classes = sorted({label for _, label in lists["test"]})
+        y = {name: np.array([classes.index(label) for _, label in rows])
+             for name, rows in lists.items()}
+        x = {name: pixels(rows) for name, rows in lists.items()}
+
+        def top1(view, strength, train, some, test):
+            votes = features.ridge(view(x[train][some]), y[train][some], view(x[test]),
+                                   len(classes), strength)
+            return 100 * (votes.argmax(1) == y[test]).mean()
+        for name, view in views.items():
+            grid = {s: top1(view, s, "fit", slice(None), "dev") for s in (.01, .03, .1, .3, 1)}
+            strength = max(grid, key=grid.get)
+            for labels in LABELS:
+                for seed in SEEDS:
+                    some = slice(None)
+                    if labels != "all":
+                        some = np.concatenate([np.flatnonzero(y[seed] == c)[:labels]
+                                               for c in range(len(classes))])
+                    row = dict(run=f"ridge_{name}_{seed}_{task}_{labels}", penalty=strength,
+                               top1=round(top1(view, strength, seed, some, "test"), 2))
+                    if name == "order":
+                        row["shuffled"] = round(top1(view, strength, seed, some, "shuffled"), 2)
+                    print(json.dumps(row))
+
+
+# ---- runs: one command a line, its results in grid/NAME/ ----
+
+CLIPS = ("--data mouth/clips_train.tsv --data_root ready::mouth --size tiny --patch_size 12 "
+         "--img_size 48 --clip_grad 1 --min_lr 1e-4 --num_workers 0 --dtype bf16")
+VIDEO = ("pretrain.py", "--num_frames 8 --sampling_rate 3 --decoder_depth 1 --batch_size 16 "
+         "--repeat_aug 2 --crop_scales 1 0.875 --lr 3.2e-2 --max_steps 6000 --warmup_epochs 53")
+STARTS = dict(  # the other methods have as many minutes as VideoMAE's 6000 steps
+    scratch=None, mae=VIDEO,
+    image=("pretrain.py", "--num_frames 1 --tubelet_size 1 --mask_ratio 0.75 --decoder_depth 1 "
+           "--batch_size 64 --repeat_aug 4 --crop_scales 1 0.875 --lr 6e-3 --max_steps 3500 "
+           "--warmup_epochs 53"),
+    vicmae=("pretrain_vicmae.py", "--decoder_depth 1 --decoder_width 96 --decoder_heads 3 "
+            "--proj_width 512 --batch_size 128 --lr 1.2e-2 --max_steps 1950 --warmup_epochs 53 "
+            "--con_ramp 80"),
+    moco=("pretrain_moco.py", "--num_frames 8 --sampling_rate 3 --proj_width 512 --batch_size 32 "
+          "--crop_area 0.6 1 --lr 1.2e-2 --max_steps 850 --warmup_epochs 20"))
+RATES = dict(scratch=0.008, mae=0.016, image=0.016, vicmae=0.016, moco=0.016)
+ABLATIONS = dict(  # table 2: what is changed of VIDEO
+    random="--mask_type random", frame="--mask_type frame",
+    ratio50="--mask_ratio 0.5", ratio75="--mask_ratio 0.75", ratio95="--mask_ratio 0.95",
+    depth2="--decoder_depth 2", depth4="--decoder_depth 4", depth8="--decoder_depth 8",
+    raw="--no-norm_pix_loss", center="--target center",
+    stride1="--sampling_rate 1", stride2="--sampling_rate 2",
+    dense="--sampling_rate 2 --target dense")
+TUNE = ("--data_root ready::mouth --size tiny --patch_size 12 --img_size 48 --num_frames 8 "
+        "--tubelet_size 2 --sampling_rate 3 --rand_aug 0 0 0 --crop_area 0.85 1 "
+        "--crop_aspect 0.95 1.05 --no-flip --reprob 0 --mixup 0 --cutmix 0 --smoothing 0.1 "
+        "--drop_path 0.1 --clip_grad 1 --num_workers 0 --dtype bf16 --eval_every 1000")
+PROBE = ("--data_root ready::mouth --num_segments 1 --num_frames 8 --tubelet_size 2 --img_size 48 "
+         "--sampling_rate 3 --num_workers 0 --dtype bf16 --batch_size 16 --eval_every 1000 "
+         "--probe_lr 1e-2 --probe_wd 0.1")
+STEPS = {1: 120, 5: 250, 20: 500, "all": 1200}
+
+
+def pretrain(name, script, flags, seed):
+    print(f"python {script} {CLIPS} {flags} --seed {seed} --out_dir grid/{name}_{seed}")
+
+
+def finetune(start, seed, task, labels, rate=0.016):
+    """Few labels take fewer steps; with fewer videos than a batch the peak rate is the same."""
+    name, batch = f"{start}_{seed}_{task}_{labels}", 16
+    if labels != "all":
+        batch = min(16, labels * CLASSES[task])
+    init = "" if start == "scratch" else f" --init grid/{start}_{seed}/last.pt"
+    print(f"python finetune.py{init} --data {listed(task, seed, labels)} --val_data "
+          f"mouth/{task}_test.tsv {TUNE} --batch_size {batch} --lr {rate * 16 / batch:g} "
+          f"--max_steps {STEPS[labels]} --seed {seed} --out_dir grid/{name}")
+    if labels == "all":
+        print(f"python eval.py --ckpt grid/{name}/last.pt --data mouth/{task}_shuffled.tsv "
+              "--data_root ready::mouth --num_segments 1 --num_crops 1 --num_workers 0 --out_dir "
+              f"grid/{name}_shuffled > grid/{name}/shuffled.txt")
+
+
+def frozen(start, seed, task, labels):
+    """k-NN and a linear map by one command, an attentive probe by another."""
+    name, train = f"{start}_{seed}_{task}_{labels}", listed(task, seed, labels)
+    print(f"python eval.py --ckpt grid/{start}_{seed}/last.pt --knn {train} --data "
+          f"mouth/{task}_test.tsv --data_root ready::mouth --num_frames 8 --sampling_rate 3 "
+          f"--num_workers 0 --out_dir grid/{name}_knn > grid/{start}_{seed}/{task}_{labels}.txt")
+    print(f"python probe.py --init grid/{start}_{seed}/last.pt --data {train} --val_data "
+          f"mouth/{task}_test.tsv {PROBE} --max_steps {STEPS[labels] // 2} --seed {seed} "
+          f"--out_dir grid/{name}_probe")
+
+
+def listed(task, seed, labels):
+    return f"mouth/{task}_{seed}{f'_{labels}' * (labels != 'all')}.tsv"
+
+
+def runs(table):
+    """Prints the commands of a table, in an order that works."""
+    for seed in SEEDS:
+        if table == "1":
+            for start, how in STARTS.items():
+                if how:
+                    pretrain(start, *how, seed)
+                for task, labels in itertools.product(TASKS, LABELS):
+                    finetune(start, seed, task, labels, RATES[start])
+                    if how:
+                        frozen(start, seed, task, labels)
+        if table == "2":
+            for name, change in ABLATIONS.items():
+                pretrain(name, VIDEO[0], f"{VIDEO[1]} {change}", seed)
+                finetune(name, seed, "digit", "all")
+        if table == "3":
+            pretrain("long", VIDEO[0], f"{VIDEO[1]} --max_steps 18000 --keep_every 2000", seed)
+
+
+# ---- what came out ----
+
+COLUMNS = ("run", "step", "loss", "zeros", "contrast", "top1", "shuffled", "knn", "linear",
+           "clips_per_s", "memory_gb")
+
+
+def rows():
+    """The last rows of each run's log.jsonl and what its tests printed -> a table with tabs."""
+    found = {}
+    for path in sorted(glob.glob("grid/*/log.jsonl")):
+        row = collections.ChainMap(*([json.loads(line) for line in open(path)][:-4:-1]))
+        name = os.path.basename(os.path.dirname(path))
+        found[name] = dict(row, run=name, loss=row.get("reconstruction", row["loss"]),
+                           top1=row.get("val_top1", ""))
+    for path in sorted(glob.glob("grid/*/*.txt")):
+        name, part = path.split(os.sep)[1], os.path.basename(path)[:-4]
+        percent = re.findall(r"^(\S+).*?top-1 ([\d.]+)", open(path).read(), re.M)
+        if part == "shuffled":
+            found[name]["shuffled"] = percent[0][1]
+        else:
+            found[f"{name}_{part}_frozen"] = dict(run=f"{name}_{part}_frozen", knn=percent[0][1],
+                                                  linear=percent[1][1])
+    print(*COLUMNS, sep="\t")
+    for row in found.values():
+        print(*(f"{x:.4g}" if isinstance(x := row.get(column, ""), float) else x
+                for column in COLUMNS), sep="\t")
+
+
+def told(values):
+    """Mean and standard deviation of the seeds, and their number where it is not that of SEEDS."""
+    if not values:
+        return ""
+    text = f"{np.mean(values):.1f}"
+    if len(values) > 1:
+        text += f" +- {np.std(values, ddof=1):.1f}"
+    return text + f" ({len(values)})" * (len(values) != len(SEEDS))
+
+
+def tables():
+    """Means and deviations over seeds of docs/grid_runs.tsv, as the tables of docs/results.md."""
+    with open(ROWS) as f:
+        found = [dict(zip(COLUMNS, line.rstrip("\n").split("\t"))) for line in f][1:]
+
+    def cell(start, rest, column="top1"):
+        name = re.compile(rf"{start}_\d+{rest}$")
+        return told([float(row[column]) for row in found if name.match(row["run"]) and row[column]])
+
+    for task in TASKS:
+        print(f"\n| {task} | " + " | ".join(f"{n} per class" for n in LABELS) + " | shuffled |\n|"
+              + "---|" * (len(LABELS) + 2))
+        for start in STARTS:
+            print(f"| {start} |", *(cell(start, f"_{task}_{n}") + " |" for n in LABELS),
+                  cell(start, f"_{task}_all", "shuffled") + " |")
+        for kind, rest, column in (("k-NN", "_frozen", "knn"), ("linear", "_frozen", "linear"),
+                                   ("attentive", "_probe", "top1")):
+            for start in STARTS:
+                print(f"| {kind}, {start} |",
+                      *(cell(start, f"_{task}_{n}{rest}", column) + " |" for n in LABELS), "|")
+    print("\n| changed | digit, all labels | loss | ms a step | GB |\n|---|---|---|---|---|")
+    for name in ("mae", *ABLATIONS):
+        print(f"| {name} | {cell(name, '_digit_all')} | {cell(name, '', 'loss')} | "
+              f"{cell(name, '', 'clips_per_s')} | {cell(name, '', 'memory_gb')} |")
+
+
+if __name__ == "__main__":
+    do, *args = sys.argv[1:] or ["help"]
+    known = dict(videos=videos, ridge=ridge, runs=runs, rows=rows, tables=tables)
+    if do not in known:
+        sys.exit(__doc__)
+    known[do](*args)
