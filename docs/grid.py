@@ -22,10 +22,14 @@ import sys
 
 import av
 import numpy as np
+import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import data
+import masking
 from lib import features
 from video.decode import VideoReader
+from weights import build_model
 
 CLASSES = dict(digit=10, color=4)
 TASKS, SEEDS, LABELS = tuple(CLASSES), (0, 1, 2), (1, 5, 20, "all")
@@ -163,7 +167,7 @@ CLIPS = ("--data mouth/clips_train.tsv --data_root ready::mouth --size tiny --pa
 VIDEO = ("pretrain.py", "--num_frames 8 --sampling_rate 3 --decoder_depth 1 --batch_size 16 "
          "--repeat_aug 2 --crop_scales 1 0.875 --lr 3.2e-2 --max_steps 6000 --warmup_epochs 53")
 STARTS = dict(  # the other methods have as many minutes as VideoMAE's 6000 steps
-    scratch=None, mae=VIDEO,
+    scratch=None, untrained=("pretrain.py", f"{VIDEO[1]} --max_steps 1 --lr 0"), mae=VIDEO,
     image=("pretrain.py", "--num_frames 1 --tubelet_size 1 --mask_ratio 0.75 --decoder_depth 1 "
            "--batch_size 64 --repeat_aug 4 --crop_scales 1 0.875 --lr 6e-3 --max_steps 3500 "
            "--warmup_epochs 53"),
@@ -172,7 +176,8 @@ STARTS = dict(  # the other methods have as many minutes as VideoMAE's 6000 step
             "--con_ramp 80"),
     moco=("pretrain_moco.py", "--num_frames 8 --sampling_rate 3 --proj_width 512 --batch_size 32 "
           "--crop_area 0.6 1 --lr 1.2e-2 --max_steps 850 --warmup_epochs 20"))
-RATES = dict(scratch=0.008, mae=0.016, image=0.016, vicmae=0.016, moco=0.016)
+RATES = dict(scratch=0.008)  # of fine-tuning; all others 0.016
+DOMAINS = dict(toy="--data toy", interaction="--data ut_interaction/ ut_interaction_background/")
 ABLATIONS = dict(  # table 2: what is changed of VIDEO
     random="--mask_type random", frame="--mask_type frame",
     ratio50="--mask_ratio 0.5", ratio75="--mask_ratio 0.75", ratio95="--mask_ratio 0.95",
@@ -194,12 +199,13 @@ def pretrain(name, script, flags, seed):
     print(f"python {script} {CLIPS} {flags} --seed {seed} --out_dir grid/{name}_{seed}")
 
 
-def finetune(start, seed, task, labels, rate=0.016):
+def finetune(start, seed, task, labels, rate=0.016, step=None):
     """Few labels take fewer steps; with fewer videos than a batch the peak rate is the same."""
-    name, batch = f"{start}_{seed}_{task}_{labels}", 16
+    name, batch = f"{start}{step or ''}_{seed}_{task}_{labels}", 16
     if labels != "all":
         batch = min(16, labels * CLASSES[task])
-    init = "" if start == "scratch" else f" --init grid/{start}_{seed}/last.pt"
+    file = f"step_{step:07d}.pt" if step else "last.pt"
+    init = "" if start == "scratch" else f" --init grid/{start}_{seed}/{file}"
     print(f"python finetune.py{init} --data {listed(task, seed, labels)} --val_data "
           f"mouth/{task}_test.tsv {TUNE} --batch_size {batch} --lr {rate * 16 / batch:g} "
           f"--max_steps {STEPS[labels]} --seed {seed} --out_dir grid/{name}")
@@ -232,18 +238,38 @@ def runs(table):
                 if how:
                     pretrain(start, *how, seed)
                 for task, labels in itertools.product(TASKS, LABELS):
-                    finetune(start, seed, task, labels, RATES[start])
-                    if how:
+                    if start != "untrained":
+                        finetune(start, seed, task, labels, RATES.get(start, 0.016))
+                    if start != "scratch":
                         frozen(start, seed, task, labels)
         if table == "2":
             for name, change in ABLATIONS.items():
                 pretrain(name, VIDEO[0], f"{VIDEO[1]} {change}", seed)
                 finetune(name, seed, "digit", "all")
-        if table == "3":
+        if table == "3":  # 3 times as long as mae; of each a third and a ninth
             pretrain("long", VIDEO[0], f"{VIDEO[1]} --max_steps 18000 --keep_every 2000", seed)
+            for step in (2000, 6000, 18000):
+                finetune("long", seed, "digit", "all", step=step)
+        if table == "4":
+            for name, source in DOMAINS.items():
+                pretrain(name, VIDEO[0], f"{VIDEO[1]} {source} --data_root ''", seed)
+                finetune(name, seed, "digit", "all")
 
 
 # ---- what came out ----
+
+@torch.no_grad()
+def loss(*checkpoints):
+    """Prints the loss on 200 training clips and on the 200 unseen ones, always masked alike."""
+    for checkpoint in checkpoints:
+        model, _ = build_model(checkpoint, verbose=False)
+        for part in ("train", "unseen"):
+            paths = [os.path.join("mouth", path) for path, in read(f"mouth/clips_{part}.tsv")[:200]]
+            clips = data.PretrainClips(paths, 8, (48, 48), stride=3, crop_scales=[1])
+            video = torch.cat([clips[0, i][0] for i in range(len(paths))])
+            mask = masking.make_mask("tube", len(video), model.grid, 0.9,
+                                     torch.Generator().manual_seed(0))
+            print(f"{checkpoint}\t{part}\t{model(video, mask)[0].item():.4f}")
 
 COLUMNS = ("run", "step", "loss", "zeros", "contrast", "top1", "shuffled", "knn", "linear",
            "clips_per_s", "memory_gb")
@@ -309,7 +335,8 @@ def tables():
 
 if __name__ == "__main__":
     do, *args = sys.argv[1:] or ["help"]
-    known = dict(videos=videos, ridge=ridge, runs=runs, rows=rows, tables=tables)
+    known = dict(videos=videos, ridge=ridge, runs=runs, loss=loss, rows=rows,
+                 tables=tables)
     if do not in known:
         sys.exit(__doc__)
     known[do](*args)
