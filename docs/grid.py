@@ -1,14 +1,15 @@
 """Evidence on real video (docs/results.md): its videos, its baselines, its runs, its tables.
 
     python docs/grid.py videos grid_s1/ mouth/          # cut to the mouth, and the lists
-    python docs/grid.py ridge                           # what linear maps of pixels tell
+    python docs/grid.py ridge > grid/ridge.jsonl        # what linear maps of pixels tell
     python docs/grid.py runs 1                          # the commands of table 1: ... | sh
     python docs/grid.py rows > docs/grid_runs.tsv       # what the finished runs said, a row each
+    python docs/grid.py loss CHECKPOINT ...             # of training and unseen clips
     python docs/grid.py tables                          # means and deviations of those rows
 
 grid_s1/ has clips/, digit/ and color/ of 160x112 pixels and {digit,color}_{train,test}.tsv. The
 commands run in the folder that holds mouth/ and its prepared form, ready/:
-`python data.py prepare mouth/ ready/ --sampling_rate 1`.
+`python data.py prepare mouth/all.tsv ready/ --data_root mouth --sampling_rate 1`.
 """
 
 import collections
@@ -176,7 +177,7 @@ STARTS = dict(  # the other methods have as many minutes as VideoMAE's 6000 step
             "--con_ramp 80"),
     moco=("pretrain_moco.py", "--num_frames 8 --sampling_rate 3 --proj_width 512 --batch_size 32 "
           "--crop_area 0.6 1 --lr 1.2e-2 --max_steps 850 --warmup_epochs 20"))
-RATES = dict(scratch=0.008)  # of fine-tuning; all others 0.016
+RATES = dict(scratch=0.004)  # of fine-tuning; all others 0.016
 DOMAINS = dict(toy="--data toy", interaction="--data ut_interaction/ ut_interaction_background/")
 ABLATIONS = dict(  # table 2: what is changed of VIDEO
     random="--mask_type random", frame="--mask_type frame",
@@ -191,7 +192,7 @@ TUNE = ("--data_root ready::mouth --size tiny --patch_size 12 --img_size 48 --nu
         "--drop_path 0.1 --clip_grad 1 --num_workers 0 --dtype bf16 --eval_every 1000")
 PROBE = ("--data_root ready::mouth --num_segments 1 --num_frames 8 --tubelet_size 2 --img_size 48 "
          "--sampling_rate 3 --num_workers 0 --dtype bf16 --batch_size 16 --eval_every 1000 "
-         "--probe_lr 1e-2 --probe_wd 0.1")
+         "--probe_lr 1e-2 --probe_wd 0.01")
 STEPS = {1: 120, 5: 250, 20: 500, "all": 1200}
 
 
@@ -279,10 +280,16 @@ def rows():
     """The last rows of each run's log.jsonl and what its tests printed -> a table with tabs."""
     found = {}
     for path in sorted(glob.glob("grid/*/log.jsonl")):
-        row = collections.ChainMap(*([json.loads(line) for line in open(path)][:-4:-1]))
+        with open(path) as f:
+            log = [json.loads(line) for line in f]
+        row = collections.ChainMap(*log[:-4:-1])  # what the last rows say, the last first
         name = os.path.basename(os.path.dirname(path))
-        found[name] = dict(row, run=name, loss=row.get("reconstruction", row["loss"]),
-                           top1=row.get("val_top1", ""))
+        rate = np.median([row["clips_per_s"] for row in log if "clips_per_s" in row])
+        found[name] = dict(row, run=name, clips_per_s=rate, top1=row.get("val_top1", ""),
+                           loss=row.get("reconstruction", row["loss"]))
+    if os.path.exists("grid/ridge.jsonl"):
+        with open("grid/ridge.jsonl") as f:
+            found |= {row["run"]: row for row in map(json.loads, f)}
     for path in sorted(glob.glob("grid/*/*.txt")):
         name, part = path.split(os.sep)[1], os.path.basename(path)[:-4]
         percent = re.findall(r"^(\S+).*?top-1 ([\d.]+)", open(path).read(), re.M)
@@ -297,8 +304,14 @@ def rows():
                 for column in COLUMNS), sep="\t")
 
 
+NAMES = dict(
+    scratch="from scratch", untrained="untrained", mae="VideoMAE", image="image MAE",
+    vicmae="ViC-MAE", moco="MoCo v3", ridge_order="ridge, 7 frames",
+    ridge_middle="ridge, middle frame", ridge_mean="ridge, mean frame")
+
+
 def told(values):
-    """Mean and standard deviation of the seeds, and their number where it is not that of SEEDS."""
+    """Mean and standard deviation of the seeds, and their number where some are missing."""
     if not values:
         return ""
     text = f"{np.mean(values):.1f}"
@@ -308,35 +321,43 @@ def told(values):
 
 
 def tables():
-    """Means and deviations over seeds of docs/grid_runs.tsv, as the tables of docs/results.md."""
+    """Prints docs/grid_runs.tsv as the tables of docs/results.md."""
     with open(ROWS) as f:
         found = [dict(zip(COLUMNS, line.rstrip("\n").split("\t"))) for line in f][1:]
 
-    def cell(start, rest, column="top1"):
+    def cell(start, rest="", column="top1"):
         name = re.compile(rf"{start}_\d+{rest}$")
         return told([float(row[column]) for row in found if name.match(row["run"]) and row[column]])
 
+    def table(*lines):
+        for line in (lines[0], ["---"] * len(lines[0]), *lines[1:]):
+            print("|", " | ".join(line), "|")
+        print()
+
+    budgets = [f"{labels} per class" for labels in LABELS[:-1]] + ["all labels"]
     for task in TASKS:
-        print(f"\n| {task} | " + " | ".join(f"{n} per class" for n in LABELS) + " | shuffled |\n|"
-              + "---|" * (len(LABELS) + 2))
-        for start in STARTS:
-            print(f"| {start} |", *(cell(start, f"_{task}_{n}") + " |" for n in LABELS),
-                  cell(start, f"_{task}_all", "shuffled") + " |")
-        for kind, rest, column in (("k-NN", "_frozen", "knn"), ("linear", "_frozen", "linear"),
-                                   ("attentive", "_probe", "top1")):
-            for start in STARTS:
-                print(f"| {kind}, {start} |",
-                      *(cell(start, f"_{task}_{n}{rest}", column) + " |" for n in LABELS), "|")
-    print("\n| changed | digit, all labels | loss | ms a step | GB |\n|---|---|---|---|---|")
-    for name in ("mae", *ABLATIONS):
-        print(f"| {name} | {cell(name, '_digit_all')} | {cell(name, '', 'loss')} | "
-              f"{cell(name, '', 'clips_per_s')} | {cell(name, '', 'memory_gb')} |")
+        table([f"{task}, fine-tuned", *budgets, "the same, shuffled"], *(
+            [name, *(cell(start, f"_{task}_{labels}") for labels in LABELS),
+             cell(start, f"_{task}_all", "shuffled")]
+            for start, name in NAMES.items() if start != "untrained"))
+        table([f"{task}, frozen", *(f"{kind}, {n}" for kind in ("k-NN", "linear", "attentive")
+                                    for n in LABELS)], *(
+            [name, *(cell(start, f"_{task}_{labels}_frozen", column)
+                     for column in ("knn", "linear") for labels in LABELS),
+             *(cell(start, f"_{task}_{labels}_probe") for labels in LABELS)]
+            for start, name in NAMES.items() if start in STARTS and start != "scratch"))
+    table(["changed", "digit, all labels", "loss", "clips/s", "GB"], *(
+        [name, cell(name, "_digit_all"),
+         *(cell(name, column=column) for column in ("loss", "clips_per_s", "memory_gb"))]
+        for name in ("mae", *ABLATIONS)))
+    table(["pre-trained", "digit, all labels"], *(
+        [name, cell(name, "_digit_all")]
+        for name in ("mae", "long2000", "long6000", "long18000", *DOMAINS)))
 
 
 if __name__ == "__main__":
     do, *args = sys.argv[1:] or ["help"]
-    known = dict(videos=videos, ridge=ridge, runs=runs, loss=loss, rows=rows,
-                 tables=tables)
+    known = dict(videos=videos, ridge=ridge, runs=runs, loss=loss, rows=rows, tables=tables)
     if do not in known:
         sys.exit(__doc__)
     known[do](*args)
