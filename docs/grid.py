@@ -170,13 +170,13 @@ VIDEO = ("pretrain.py", "--num_frames 8 --sampling_rate 3 --decoder_depth 1 --ba
 STARTS = dict(  # the other methods have as many minutes as VideoMAE's 6000 steps
     scratch=None, untrained=("pretrain.py", f"{VIDEO[1]} --max_steps 1 --lr 0"), mae=VIDEO,
     image=("pretrain.py", "--num_frames 1 --tubelet_size 1 --mask_ratio 0.75 --decoder_depth 1 "
-           "--batch_size 64 --repeat_aug 4 --crop_scales 1 0.875 --lr 6e-3 --max_steps 3500 "
+           "--batch_size 64 --repeat_aug 4 --crop_scales 1 0.875 --lr 1.2e-2 --max_steps 3500 "
            "--warmup_epochs 53"),
     vicmae=("pretrain_vicmae.py", "--decoder_depth 1 --decoder_width 96 --decoder_heads 3 "
-            "--proj_width 512 --batch_size 128 --lr 1.2e-2 --max_steps 1950 --warmup_epochs 53 "
+            "--proj_width 512 --batch_size 128 --lr 4e-3 --max_steps 1950 --warmup_epochs 53 "
             "--con_ramp 80"),
     moco=("pretrain_moco.py", "--num_frames 8 --sampling_rate 3 --proj_width 512 --batch_size 32 "
-          "--crop_area 0.6 1 --lr 1.2e-2 --max_steps 850 --warmup_epochs 20"))
+          "--crop_area 0.6 1 --lr 4e-3 --max_steps 850 --warmup_epochs 20"))
 RATES = dict(scratch=0.004)  # of fine-tuning; all others 0.016
 DOMAINS = dict(toy="--data toy", interaction="--data ut_interaction/ ut_interaction_background/")
 ABLATIONS = dict(  # table 2: what is changed of VIDEO
