@@ -310,13 +310,13 @@ NAMES = dict(
     ridge_middle="ridge, middle frame", ridge_mean="ridge, mean frame")
 
 
-def told(values):
+def told(values, digits=1):
     """Mean and standard deviation of the seeds, and their number where some are missing."""
     if not values:
         return ""
-    text = f"{np.mean(values):.1f}"
+    text = f"{np.mean(values):.{digits}f}"
     if len(values) > 1:
-        text += f" +- {np.std(values, ddof=1):.1f}"
+        text += f" +- {np.std(values, ddof=1):.{digits}f}"
     return text + f" ({len(values)})" * (len(values) != len(SEEDS))
 
 
@@ -325,33 +325,32 @@ def tables():
     with open(ROWS) as f:
         found = [dict(zip(COLUMNS, line.rstrip("\n").split("\t"))) for line in f][1:]
 
-    def cell(start, rest="", column="top1"):
+    def cell(start, rest="", column="top1", digits=1):
         name = re.compile(rf"{start}_\d+{rest}$")
-        return told([float(row[column]) for row in found if name.match(row["run"]) and row[column]])
+        return told([float(row[column]) for row in found
+                     if name.match(row["run"]) and row[column]], digits)
 
     def table(*lines):
         for line in (lines[0], ["---"] * len(lines[0]), *lines[1:]):
-            print("|", " | ".join(line), "|")
+            if any(line[1:]):
+                print("|", " | ".join(line), "|")
         print()
 
-    budgets = [f"{labels} per class" for labels in LABELS[:-1]] + ["all labels"]
+    budgets = [f"{labels} a class" for labels in LABELS[:-1]] + ["all"]
     for task in TASKS:
-        table([f"{task}, fine-tuned", *budgets, "the same, shuffled"], *(
+        table([f"{task}, fine-tuned", *budgets, "all, shuffled"], *(
             [name, *(cell(start, f"_{task}_{labels}") for labels in LABELS),
-             cell(start, f"_{task}_all", "shuffled")]
-            for start, name in NAMES.items() if start != "untrained"))
-        table([f"{task}, frozen", *(f"{kind}, {n}" for kind in ("k-NN", "linear", "attentive")
-                                    for n in LABELS)], *(
-            [name, *(cell(start, f"_{task}_{labels}_frozen", column)
-                     for column in ("knn", "linear") for labels in LABELS),
-             *(cell(start, f"_{task}_{labels}_probe") for labels in LABELS)]
-            for start, name in NAMES.items() if start in STARTS and start != "scratch"))
-    table(["changed", "digit, all labels", "loss", "clips/s", "GB"], *(
-        [name, cell(name, "_digit_all"),
-         *(cell(name, column=column) for column in ("loss", "clips_per_s", "memory_gb"))]
-        for name in ("mae", *ABLATIONS)))
-    table(["pre-trained", "digit, all labels"], *(
-        [name, cell(name, "_digit_all")]
+             cell(start, f"_{task}_all", "shuffled")] for start, name in NAMES.items()))
+    ways = dict(knn="k-NN", linear="linear", top1="attentive")
+    table(["frozen", *(f"{task}, {way}" for task in TASKS for way in ways.values())], *(
+        [name, *(cell(start, f"_{task}_all_{'probe' if column == 'top1' else 'frozen'}", column)
+                 for task in TASKS for column in ways)] for start, name in NAMES.items()))
+    table(["changed", "digit", "digit, shuffled", "loss", "clips/s", "GB"], *(
+        [name, cell(name, "_digit_all"), cell(name, "_digit_all", "shuffled"),
+         cell(name, column="loss", digits=3), cell(name, column="clips_per_s", digits=0),
+         cell(name, column="memory_gb", digits=2)] for name in ("mae", *ABLATIONS)))
+    table(["pre-trained", "digit", "digit, shuffled"], *(
+        [name, cell(name, "_digit_all"), cell(name, "_digit_all", "shuffled")]
         for name in ("mae", "long2000", "long6000", "long18000", *DOMAINS)))
 
 
