@@ -293,6 +293,8 @@ def rows():
     for path in sorted(glob.glob("grid/*/*.txt")):
         name, part = path.split(os.sep)[1], os.path.basename(path)[:-4]
         percent = re.findall(r"^(\S+).*?top-1 ([\d.]+)", open(path).read(), re.M)
+        if not percent:  # still running, or failed
+            continue
         if part == "shuffled":
             found[name]["shuffled"] = percent[0][1]
         else:
