@@ -272,6 +272,7 @@ def loss(*checkpoints):
                                      torch.Generator().manual_seed(0))
             print(f"{checkpoint}\t{part}\t{model(video, mask)[0].item():.4f}")
 
+
 COLUMNS = ("run", "step", "loss", "zeros", "contrast", "top1", "shuffled", "knn", "linear",
            "clips_per_s", "memory_gb")
 

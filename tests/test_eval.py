@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 
 import av
 import numpy as np
@@ -198,18 +197,12 @@ def test_ranks_give_the_same_figures():
     tables = []
     for ranks in (None, 2, 3):
         out = tmp(f"ranks_{ranks}")
+        # one view a batch: others are rounded by their size, on some processors in the sixth digit
         run("eval.py", "--ckpt", ckpt, "--data", listed, "--num_segments", 2, "--dtype", "fp32",
-            "--out_dir", out, "--num_workers", 0, ranks=ranks)
-        tables.append([open(os.path.join(out, "predictions.csv")).read(),
-                       open(os.path.join(out, "result.json")).read()])
-    # other batches are rounded otherwise on some processors: the last digit may differ
-    number = re.compile(r"\d+\.\d+")
-    for one, *others in zip(*tables):
-        for other in others:
-            assert number.sub("", other) == number.sub("", one)
-            values = [np.array(number.findall(text), float) for text in (one, other)]
-            assert abs(values[0] - values[1]).max() < 3e-6, values
-    assert tables[0][0].count("\n") == 8
+            "--out_dir", out, "--num_workers", 0, "--batch_size", 1, ranks=ranks)
+        tables.append((open(os.path.join(out, "predictions.csv")).read(),
+                       open(os.path.join(out, "result.json")).read()))
+    assert tables[0] == tables[1] == tables[2] and tables[0][0].count("\n") == 8
 
 
 def as_opencv(clip, height, width):
