@@ -13,6 +13,7 @@ commands run in the folder that holds mouth/ and its prepared form, ready/:
 """
 
 import collections
+import functools
 import glob
 import itertools
 import json
@@ -124,41 +125,31 @@ def ridge():
 
     7 frames in order, the middle one, their mean; 7 frames in order tested on shuffled windows.
     """
-    def pixels(rows):
-        found = []
-        for path, _ in rows:
-            with VideoReader(os.path.join("mouth", path), lambda height, width: (14, 14)) as video:
-                found.append(video.frames(np.linspace(0, len(video) - 1, 7).round().astype(int)))
-        return np.stack(found).mean(-1).reshape(len(rows), 7, -1) / 255
+    @functools.cache
+    def pixels(path):
+        with VideoReader(os.path.join("mouth", path), lambda height, width: (14, 14)) as video:
+            frames = video.frames(np.linspace(0, len(video) - 1, 7).round().astype(int))
+        return frames.mean(-1).reshape(7, -1) / 255
+
+    def top1(view, train, test, strength):
+        """Percent; of lists and a function of (V, 7, 196) to (V, D)."""
+        (x, y), (x_test, y_test) = (zip(*read(path)) for path in (train, test))
+        classes = sorted({*y_test})
+        x, x_test = (view(np.stack([*map(pixels, paths)])) for paths in (x, x_test))
+        votes = features.ridge(x, np.array([*map(classes.index, y)]), x_test, len(classes), strength)
+        return round(100 * np.mean([classes[i] for i in votes.argmax(1)] == np.array(y_test)), 2)
 
     views = dict(order=lambda x: x.reshape(len(x), -1), middle=lambda x: x[:, 3],
                  mean=lambda x: x.mean(1))
-    for task in TASKS:
-        lists = {name: read(f"mouth/{task}_{name}.tsv")
-                 for name in ("fit", "dev", "test", "shuffled", *SEEDS)}
-        classes = sorted({label for _, label in lists["test"]})
-        y = {name: np.array([classes.index(label) for _, label in rows])
-             for name, rows in lists.items()}
-        x = {name: pixels(rows) for name, rows in lists.items()}
-
-        def top1(view, strength, train, some, test):
-            votes = features.ridge(view(x[train][some]), y[train][some], view(x[test]),
-                                   len(classes), strength)
-            return 100 * (votes.argmax(1) == y[test]).mean()
-        for name, view in views.items():
-            grid = {s: top1(view, s, "fit", slice(None), "dev") for s in (.01, .03, .1, .3, 1)}
-            strength = max(grid, key=grid.get)
-            for labels in LABELS:
-                for seed in SEEDS:
-                    some = slice(None)
-                    if labels != "all":
-                        some = np.concatenate([np.flatnonzero(y[seed] == c)[:labels]
-                                               for c in range(len(classes))])
-                    row = dict(run=f"ridge_{name}_{seed}_{task}_{labels}", penalty=strength,
-                               top1=round(top1(view, strength, seed, some, "test"), 2))
-                    if name == "order":
-                        row["shuffled"] = round(top1(view, strength, seed, some, "shuffled"), 2)
-                    print(json.dumps(row))
+    for (name, view), task in itertools.product(views.items(), TASKS):
+        part = lambda some: f"mouth/{task}_{some}.tsv"
+        strength = max((.01, .03, .1, .3, 1), key=lambda s: top1(view, part("fit"), part("dev"), s))
+        for labels, seed in itertools.product(LABELS, SEEDS):
+            row = dict(run=f"ridge_{name}_{seed}_{task}_{labels}", penalty=strength)
+            for column, test in dict(top1="test", shuffled="shuffled").items():
+                if column == "top1" or name == "order":
+                    row[column] = top1(view, listed(task, seed, labels), part(test), strength)
+            print(json.dumps(row))
 
 
 # ---- runs: one command a line, its results in grid/NAME/ ----
