@@ -459,15 +459,17 @@ def read_files(run, args, name: str, sources: list, folders: bool) -> tuple:
                              toy=f"toy/{'train' * (name == 'knn') or 'val'}")
     if name not in SINGLE:
         return read(sources)
-    paths, wrong = [], []
+    paths, wrong, why = [], [], []
     for source in sources:
         try:
             paths += read([source])[0]
         except ValueError as e:
-            run.say(e)
             wrong.append(source)
+            why.append(str(e))
     if len(wrong) == len(sources):
-        return read(sources)
+        raise ValueError("\n".join(why))
+    for line in why:
+        run.say(line)
     return paths + wrong, None
 
 
