@@ -76,6 +76,7 @@ def test_videos_of_the_evidence():
     assert [label for _, label in rows("digit_0_1.tsv")] in (["a", "b"], ["b", "a"])
     assert set(rows("digit_0_1.tsv")) < set(rows("digit_0_5.tsv")) == set(rows("digit_fit.tsv"))
     assert rows("clips_train.tsv") == [(f"clips/{i}.mkv",) for i in range(4)]
+    assert set(rows("clips_75.tsv")) == set(rows("clips_train.tsv"))
     assert len(rows("all.tsv")) == 18 + 4
 
 
