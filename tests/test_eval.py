@@ -287,6 +287,16 @@ def test_predict_and_windows():
 
 
 @test
+def test_sources_that_are_not_there():
+    """A mistake names each of them once, and nothing else has said it."""
+    _, ckpt, _ = classified()
+    gone = ["nowhere1", "nowhere2"]
+    said = run("eval.py", "--ckpt", ckpt, "--out_dir", tmp("not_there"), "--predict", *gone,
+               ok=False)
+    assert [said.count(name) for name in gone] == [1, 1], said
+
+
+@test
 def test_windows():
     """A window of less than half its length is left out; the last one ends with the video."""
     assert evaluate.windows_of(10.5, 4, 4) == [(0, 4), (4, 8), (8, math.inf)]
