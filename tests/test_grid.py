@@ -59,7 +59,7 @@ def test_videos_of_the_evidence():
             write(f"grid_source/{kind}/{i}.mp4", frames, crf=30)
     for task in grid.TASKS:
         grid.write(os.path.join(source, f"{task}_train.tsv"),
-                   [(f"{task}/{i}.mp4", "ab"[i % 2]) for i in range(4)])
+                   [(f"{task}/{i}.mp4", "ab"[i % 2]) for i in range(4 if task == "digit" else 400)])
         grid.write(os.path.join(source, f"{task}_test.tsv"),
                    [(f"{task}/{i}.mp4", "ab"[i % 2]) for i in (4, 5)])
     grid.videos(source, target)
@@ -75,8 +75,10 @@ def test_videos_of_the_evidence():
     assert sorted(rows("digit_0.tsv")) == sorted(rows("digit_1.tsv")) != rows("digit_0.tsv")
     assert [label for _, label in rows("digit_0_1.tsv")] in (["a", "b"], ["b", "a"])
     assert set(rows("digit_0_1.tsv")) < set(rows("digit_0_5.tsv")) == set(rows("digit_fit.tsv"))
-    assert rows("clips_train.tsv") == [(f"clips/{i}.mkv",) for i in range(4)]
-    assert set(rows("clips_75.tsv")) == set(rows("clips_train.tsv"))
+    clips, some = rows("clips_train.tsv"), rows("clips_75.tsv")
+    assert clips == [(f"clips/{i}.mkv",) for i in range(400)]
+    assert len(set(some)) == 75 and some == rows("clips_300.tsv")[:75]
+    assert set(some) < set(clips) and not set(some) <= set(clips[:300])
     assert len(rows("all.tsv")) == 18 + 4
 
 
