@@ -3,12 +3,12 @@
     python docs/grid.py videos grid_s1/ mouth/          # cut to the mouth, and the lists
     python docs/grid.py ridge > grid/ridge.jsonl        # what linear maps of pixels tell
     python docs/grid.py runs 1                          # the commands of table 1: ... | sh
-    python docs/grid.py rows > docs/grid_runs.tsv       # what the finished runs said, a row each
+    python docs/grid.py rows > grid/rows.tsv            # what the finished runs said, a row each
     python docs/grid.py loss CHECKPOINT ...             # of training and unseen clips
-    python docs/grid.py tables                          # means and deviations of those rows
+    python docs/grid.py tables grid/rows.tsv            # means, deviations; else of grid_runs.tsv
 
 grid_s1/ has clips/, digit/ and color/ of 160x112 pixels and {digit,color}_{train,test}.tsv. The
-commands run in the folder that holds mouth/ and its prepared form, ready/:
+commands run in the folder that holds grid/, mouth/ and the latter's prepared form, ready/:
 `python data.py prepare mouth/all.tsv ready/ --data_root mouth --sampling_rate 1`.
 """
 
@@ -137,7 +137,8 @@ def ridge():
         (x, y), (x_test, y_test) = (zip(*read(path)) for path in (train, test))
         classes = sorted({*y_test})
         x, x_test = (view(np.stack([*map(pixels, paths)])) for paths in (x, x_test))
-        votes = features.ridge(x, np.array([*map(classes.index, y)]), x_test, len(classes), strength)
+        labels = np.array([*map(classes.index, y)])
+        votes = features.ridge(x, labels, x_test, len(classes), strength)
         return round(100 * np.mean([classes[i] for i in votes.argmax(1)] == np.array(y_test)), 2)
 
     views = dict(order=lambda x: x.reshape(len(x), -1), middle=lambda x: x[:, 3],
@@ -318,9 +319,9 @@ def told(values, digits=1):
     return text + f" ({len(values)})" * (len(values) != len(SEEDS))
 
 
-def tables():
-    """Prints docs/grid_runs.tsv as the tables of docs/results.md."""
-    with open(ROWS) as f:
+def tables(path=ROWS):
+    """Prints rows, docs/grid_runs.tsv if none are named, as the tables of docs/results.md."""
+    with open(path) as f:
         found = [dict(zip(COLUMNS, line.rstrip("\n").split("\t"))) for line in f][1:]
 
     def cell(start, rest="", column="top1", digits=1):
