@@ -348,9 +348,13 @@ def tables(path=ROWS):
         [f"`{change}`" if change else "VideoMAE", cell(name, "_digit_all"),
          cell(name, "_digit_all", "shuffled"), cell(name, column="loss", digits=3)]
         for name, change in (("mae", ""), *ABLATIONS.items())))
-    table(["pre-trained", "digit", "digit, shuffled"], *(
-        [name, cell(name, "_digit_all"), cell(name, "_digit_all", "shuffled")]
-        for name in ("mae", "long2000", "long6000", "long18000", *SOURCES)))
+    steps = dict(long2000="2000 of 18000", long6000="6000 of 18000", mae="6000", long18000="18000")
+    sources = dict(scratch="not at all", toy="toy videos", interaction="UT-Interaction",
+                   clips75="75 of the clips", clips300="300 of the clips", mae="the 600 clips")
+    for title, names in (("steps", steps), ("pre-trained on", sources)):
+        table([title, "digit", "digit, shuffled"], *(
+            [text, cell(name, "_digit_all"), cell(name, "_digit_all", "shuffled")]
+            for name, text in names.items()))
 
 
 if __name__ == "__main__":
