@@ -110,3 +110,6 @@ def test_tables_of_the_evidence():
     text = "\n".join(said(grid.tables, path))
     assert "| VideoMAE |  |  |  | 50.0 +- 10.0 | 12.5 +- 0.0 |" in text, text
     assert "| VideoMAE | 9.0 (1) | 16.5 (1) |" in text, text
+    for title in ("6000", "the 600 clips"):  # tables 3 and 4 have it beside their own rows
+        assert f"| {title} | 50.0 +- 10.0 | 12.5 +- 0.0 |" in text, text
+    assert "18000" not in text, text  # a row without a run is none
